@@ -1,0 +1,41 @@
+# make demo: the main job, offline. make test: everything that proves it. make bench: the ratios.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := cloud_services.py benchmarks tests docs
+
+.PHONY: setup demo test servers lint bench docs clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: setup
+	./scripts/demo.sh
+
+servers:
+	./scripts/install_test_servers.sh
+
+test: servers $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(TEST)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: servers $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/run.py $(BENCH)
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/make_commands.py
+
+clean:
+	rm -rf .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Comparisons with the programs a user would otherwise type; see run.py."""

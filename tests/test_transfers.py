@@ -1,0 +1,385 @@
+"""Uploads and downloads over a real sshd: whole, resumed, cut, killed, frozen, full, corrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.link import Link
+from tests.servers import SSHServer
+from tests.support import (
+    MIB, cli, document, flags, parts, random_file, sha256, start_cli, wait_for, workspace,
+)  # fmt: skip
+
+SEGMENT = 4 * MIB
+# The tests think in pieces of 4 MiB; the tool cuts finer.
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[SSHServer]:
+    with SSHServer(tmp_path / "server") as running:
+        yield running
+
+
+@pytest.fixture(params=["sftp", "no sftp", "no commands"])
+def any_server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SSHServer]:
+    kind = request.param
+    with SSHServer(tmp_path / "any", sftp=kind != "no sftp", commands=kind != "no commands") as running:
+        yield running
+
+
+@pytest.fixture
+def link(server: SSHServer) -> Iterator[Link]:
+    with Link(server.port) as running:
+        server.trust_port(running.port)
+        yield running
+
+
+# ── whole
+
+
+def test_an_upload_arrives_verified_and_can_be_downloaded_again(any_server: SSHServer, tmp_path: Path) -> None:
+    workspace(tmp_path)
+    archive = tmp_path / "t.tar.gz"
+    cli("create-training-archive", "-o", archive, cwd=tmp_path)
+    target = any_server.storage / "deep" / "folder"
+    sent = document(
+        cli("--json", "upload-training", *flags(any_server), "--path", target, "--archive", archive,
+            server=any_server, cwd=tmp_path)
+    )  # fmt: skip
+    assert sha256(target / "t.tar.gz") == sha256(archive) == sent["sha256"]
+    assert "SHA-256" in sent["check"]
+    assert parts(target) == []
+    back = document(
+        cli("--json", "download-results", *flags(any_server), "--path", target / "t.tar.gz",
+            "--local-path", "new/here", server=any_server, cwd=tmp_path)
+    )  # fmt: skip
+    assert sha256(tmp_path / "new/here/t.tar.gz") == sha256(archive)
+    assert parts(tmp_path / "new/here") == []
+    expected = "the archive's own manifest" if not any_server.commands else "SHA-256"
+    assert expected in back["files"][0]["check"]
+
+
+@pytest.mark.parametrize("size", [0, 1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 3 * SEGMENT + 12345])
+@pytest.mark.parametrize("streams", [1, 3])
+def test_files_of_every_size_make_the_round_trip(
+    server: SSHServer, tmp_path: Path, size: int, streams: int
+) -> None:
+    file = random_file(tmp_path / "data.bin", size)
+    common = [*flags(server), "--streams", streams]
+    sent = cli("upload-training", *common, "--path", server.storage, "--archive", file, server=server, cwd=tmp_path)
+    assert sent.returncode == 0, sent.stderr
+    back = cli("download-results", *common, "--path", server.storage / "data.bin", "--local-path", "back",
+               server=server, cwd=tmp_path)  # fmt: skip
+    assert back.returncode == 0, back.stderr
+    assert sha256(file) == sha256(server.storage / "data.bin") == sha256(tmp_path / "back/data.bin")
+
+
+def test_a_workspace_is_packed_and_sent_in_one_pass_without_a_local_copy(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    workspace(tmp_path, 2 * MIB)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    sent = document(
+        cli("--json", "upload-training", *flags(server), "--path", f"{server.storage}/", "--include-ticks",
+            "--no-ask-ticks", "--include-cache", "--extract", server=server, cwd=tmp_path)
+    )  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    archive = Path(sent["target"])
+    assert sent["sha256"] == sha256(archive) == sent["packed"]["sha256"]
+    for file in (tmp_path / "workspace").rglob("*.csv"):
+        assert file.read_bytes() == (server.storage / file.relative_to(tmp_path)).read_bytes()
+    checked = subprocess.run(["sha256sum", "-c", "training.sha256"], cwd=server.storage, check=False)
+    assert checked.returncode == 0
+
+
+def test_the_packed_stream_is_the_archive_that_create_makes(server: SSHServer, tmp_path: Path) -> None:
+    workspace(tmp_path, MIB)
+    made = document(cli("--json", "create-training-archive", "-o", "a.tar.gz", cwd=tmp_path))
+    sent = document(
+        cli("--json", "upload-training", *flags(server), "--path", server.storage / "named.tar.gz",
+            server=server, cwd=tmp_path)
+    )  # fmt: skip
+    assert sent["sha256"] == made["sha256"] == sha256(server.storage / "named.tar.gz")
+
+
+def test_a_file_that_is_there_already_is_not_sent_again(server: SSHServer, tmp_path: Path) -> None:
+    file = random_file(tmp_path / "data.bin", MIB)
+    command = ["--json", "upload-training", *flags(server), "--path", server.storage, "--archive", file]
+    assert document(cli(*command, server=server, cwd=tmp_path))["moved"] == MIB
+    assert document(cli(*command, server=server, cwd=tmp_path))["moved"] == 0
+    fetch = ["--json", "download-results", *flags(server), "--path", server.storage / "data.bin", "--local-path", "b"]
+    assert document(cli(*fetch, server=server, cwd=tmp_path))["files"][0]["moved"] == MIB
+    assert document(cli(*fetch, server=server, cwd=tmp_path))["files"][0]["moved"] == 0
+
+
+def test_a_server_without_sftp_is_served_by_scp_and_says_so(tmp_path: Path) -> None:
+    with SSHServer(tmp_path / "old", sftp=False) as server:
+        file = random_file(tmp_path / "data.bin", 2 * SEGMENT + 7)
+        sent = cli("upload-training", *flags(server), "--path", server.storage, "--archive", file, "--streams", 3,
+                   server=server, cwd=tmp_path)  # fmt: skip
+        assert sent.returncode == 0, sent.stderr
+        assert "no SFTP subsystem: using the old scp protocol" in sent.stderr
+        assert sha256(server.storage / "data.bin") == sha256(file)
+        assert os.listdir(server.storage) == ["data.bin"]
+
+
+def test_key_exchanges_in_the_middle_of_a_transfer_do_no_harm(tmp_path: Path) -> None:
+    with SSHServer(tmp_path / "rekey", config=["RekeyLimit 2M"]) as server:
+        file = random_file(tmp_path / "data.bin", 40 * MIB)
+        for _ in range(2):
+            sent = cli("upload-training", *flags(server), "--path", server.storage, "--archive", file,
+                       "--streams", 8, server=server, cwd=tmp_path)  # fmt: skip
+            assert sent.returncode == 0, sent.stderr
+            back = cli("download-results", *flags(server), "--path", server.storage / "data.bin",
+                       "--local-path", "back", "--streams", 8, server=server, cwd=tmp_path)  # fmt: skip
+            assert back.returncode == 0, back.stderr
+            assert sha256(tmp_path / "back/data.bin") == sha256(file)
+            (server.storage / "data.bin").unlink()
+            (tmp_path / "back/data.bin").unlink()
+
+
+def test_a_server_that_allows_few_sessions_is_used_as_far_as_it_goes(tmp_path: Path) -> None:
+    with SSHServer(tmp_path / "few", config=["MaxSessions 3"]) as server:
+        file = random_file(tmp_path / "data.bin", 5 * SEGMENT)
+        sent = cli("upload-training", *flags(server), "--path", server.storage, "--archive", file,
+                   "--streams", 8, server=server, cwd=tmp_path)  # fmt: skip
+        assert sent.returncode == 0, sent.stderr
+        assert sha256(server.storage / "data.bin") == sha256(file)
+
+
+def test_a_rate_limit_holds_over_all_streams(server: SSHServer, tmp_path: Path) -> None:
+    file = random_file(tmp_path / "data.bin", 3 * MIB)
+    sent = document(
+        cli("--json", "upload-training", *flags(server), "--path", server.storage, "--archive", file,
+            "--streams", 4, "--limit-rate", "1M", server=server, cwd=tmp_path)
+    )  # fmt: skip
+    assert sent["seconds"] > 2.5
+    back = document(
+        cli("--json", "download-results", *flags(server), "--path", server.storage / "data.bin", "--local-path",
+            "b", "--limit-rate", "1M", server=server, cwd=tmp_path)
+    )  # fmt: skip
+    assert back["files"][0]["seconds"] > 2.5
+
+
+# ── interrupted
+
+
+def killed_upload(server: SSHServer, file: Path, after: int, cwd: Path) -> None:
+    """Start an upload, and kill it once `after` bytes are on the server."""
+    process = start_cli(
+        "upload-training", *flags(server), "--path", server.storage, "--archive", file,
+        "--streams", 3, "--limit-rate", "20M", server=server, cwd=cwd,
+    )  # fmt: skip
+    wait_for(lambda: any(p.stat().st_blocks * 512 >= after for p in server.storage.glob(".*.part")))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_an_upload_killed_halfway_continues_and_sends_only_the_rest(server: SSHServer, tmp_path: Path) -> None:
+    file = random_file(tmp_path / "data.bin", 10 * SEGMENT)
+    killed_upload(server, file, 5 * SEGMENT, tmp_path)
+    assert len(parts(server.storage)) == 1
+    assert not (server.storage / "data.bin").exists()
+    done = document(
+        cli("--json", "upload-training", *flags(server), "--path", server.storage, "--archive", file,
+            server=server, cwd=tmp_path)
+    )  # fmt: skip
+    assert 0 < done["moved"] <= 9 * SEGMENT
+    assert sha256(server.storage / "data.bin") == sha256(file)
+    assert parts(server.storage) == []
+
+
+def test_a_killed_packing_upload_continues_though_the_name_has_a_new_time(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    workspace(tmp_path, 8 * MIB)
+    upload = ["upload-training", *flags(server), "--path", server.storage]
+    process = start_cli(*upload, "--limit-rate", "10M", server=server, cwd=tmp_path)
+    wait_for(lambda: any(p.stat().st_blocks * 512 >= 3 * SEGMENT for p in server.storage.glob(".*.part")))
+    process.kill()
+    process.communicate()
+    done = document(cli("--json", *upload, server=server, cwd=tmp_path))
+    assert done["moved"] < done["size"] - SEGMENT
+    assert sha256(Path(done["target"])) == done["sha256"]
+    assert parts(server.storage) == []
+
+
+def test_a_download_killed_halfway_continues_and_fetches_only_the_rest(any_server: SSHServer, tmp_path: Path) -> None:
+    file = random_file(any_server.storage / "r.bin", 8 * SEGMENT)
+    fetch = ["download-results", *flags(any_server), "--path", file, "--local-path", "b", "--streams", 2]
+    process = start_cli(*fetch, "--limit-rate", "12M", server=any_server, cwd=tmp_path)
+    journal = tmp_path / "b"
+    wait_for(lambda: any(p.read_text().count("\n") > 12 for p in journal.glob(".*.journal")))
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "b/r.bin").exists()
+    done = document(cli("--json", *fetch, server=any_server, cwd=tmp_path))["files"][0]
+    assert 0 < done["moved"] <= 6 * SEGMENT
+    assert sha256(tmp_path / "b/r.bin") == sha256(file)
+    assert parts(tmp_path / "b") == []
+
+
+def test_a_flipped_bit_in_what_arrived_before_is_sent_again(server: SSHServer, tmp_path: Path) -> None:
+    file = random_file(tmp_path / "data.bin", 10 * SEGMENT)
+    killed_upload(server, file, 5 * SEGMENT, tmp_path)
+    part = server.storage / parts(server.storage)[0]
+    with part.open("r+b") as stream:
+        stream.seek(100)
+        stream.write(bytes([stream.read(1)[0] ^ 1]))
+    done = cli("upload-training", *flags(server), "--path", server.storage, "--archive", file, server=server, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sha256(server.storage / "data.bin") == sha256(file)
+
+
+def test_a_flipped_bit_in_a_half_downloaded_file_is_fetched_again(server: SSHServer, tmp_path: Path) -> None:
+    file = random_file(server.storage / "r.bin", 8 * SEGMENT)
+    fetch = ["download-results", *flags(server), "--path", file, "--local-path", "b", "--streams", 1]
+    process = start_cli(*fetch, "--limit-rate", "12M", server=server, cwd=tmp_path)
+    wait_for(lambda: any(p.read_text().count("\n") > 12 for p in (tmp_path / "b").glob(".*.journal")))
+    process.kill()
+    process.communicate()
+    part = next(p for p in (tmp_path / "b").iterdir() if p.name.endswith(".part"))
+    with part.open("r+b") as stream:
+        stream.write(b"x")
+    done = cli(*fetch, server=server, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sha256(tmp_path / "b/r.bin") == sha256(file)
+
+
+def test_a_remote_file_that_changed_since_is_fetched_from_the_start(server: SSHServer, tmp_path: Path) -> None:
+    file = random_file(server.storage / "r.bin", 6 * SEGMENT)
+    fetch = ["download-results", *flags(server), "--path", file, "--local-path", "b", "--streams", 1]
+    process = start_cli(*fetch, "--limit-rate", "12M", server=server, cwd=tmp_path)
+    wait_for(lambda: any(p.read_text().count("\n") > 8 for p in (tmp_path / "b").glob(".*.journal")))
+    process.kill()
+    process.communicate()
+    random_file(file, 6 * SEGMENT, seed=2)
+    os.utime(file, (1, 1))
+    done = document(cli("--json", *fetch, server=server, cwd=tmp_path))["files"][0]
+    assert done["moved"] == 6 * SEGMENT
+    assert sha256(tmp_path / "b/r.bin") == sha256(file)
+
+
+def test_a_cut_link_is_mended_within_the_same_command(server: SSHServer, link: Link, tmp_path: Path) -> None:
+    file = random_file(tmp_path / "data.bin", 10 * SEGMENT)
+    link.cut_after(6 * SEGMENT)
+    sent = cli("--json", "upload-training", *flags(server, link.port), "--path", server.storage,
+               "--archive", file, server=server, cwd=tmp_path)  # fmt: skip
+    assert document(sent)["size"] == file.stat().st_size
+    assert "trying again" in sent.stderr
+    assert sha256(server.storage / "data.bin") == sha256(file)
+    assert link.bytes_up < 14 * SEGMENT
+    link.cut_after(6 * SEGMENT)
+    got = cli("--json", "download-results", *flags(server, link.port), "--path", server.storage / "data.bin",
+              "--local-path", "b", server=server, cwd=tmp_path)  # fmt: skip
+    assert document(got)["files"][0]["size"] == file.stat().st_size
+    assert sha256(tmp_path / "b/data.bin") == sha256(file)
+    assert link.bytes_down < 14 * SEGMENT
+
+
+def test_killed_sessions_on_the_server_are_mended_too(server: SSHServer, tmp_path: Path) -> None:
+    file = random_file(tmp_path / "data.bin", 8 * SEGMENT)
+    process = start_cli("upload-training", *flags(server), "--path", server.storage, "--archive", file,
+                        "--limit-rate", "20M", server=server, cwd=tmp_path)  # fmt: skip
+    wait_for(lambda: any(p.stat().st_blocks * 512 >= 2 * SEGMENT for p in server.storage.glob(".*.part")))
+    server.kill_sessions()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert sha256(server.storage / "data.bin") == sha256(file)
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_frozen_link_is_an_error_in_bounded_time(
+    server: SSHServer, link: Link, tmp_path: Path, direction: str
+) -> None:
+    file = random_file(tmp_path / "data.bin", 8 * SEGMENT)
+    random_file(server.storage / "r.bin", 8 * SEGMENT)
+    command = (
+        ["upload-training", "--path", server.storage, "--archive", file]
+        if direction == "up"
+        else ["download-results", "--path", server.storage / "r.bin", "--local-path", "b"]
+    )
+    process = start_cli(*command, *flags(server, link.port), "--timeout", 2, "--limit-rate", "8M",
+                        server=server, cwd=tmp_path)  # fmt: skip
+    wait_for(lambda: max(link.bytes_up, link.bytes_down) > 2 * SEGMENT)
+    link.freeze()
+    output, errors = process.communicate(timeout=110)
+    assert process.returncode == 7, errors
+    assert "error: " in errors
+    assert "hint: run the same command again" in errors or "hint: try: ssh" in errors
+    assert not (server.storage / "data.bin").exists()
+    assert not (tmp_path / "b/r.bin").exists()
+    link.thaw()
+
+
+def test_what_the_server_holds_wrongly_is_never_given_its_name(server: SSHServer, tmp_path: Path) -> None:
+    """Somebody writes into the .part while it arrives: the check finds it, a second run mends it."""
+    file = random_file(tmp_path / "data.bin", 6 * SEGMENT)
+    old = random_file(server.storage / "data.bin", 100, seed=9)
+    before = sha256(old)
+    upload = ["upload-training", *flags(server), "--path", server.storage, "--archive", file, "--streams", 1]
+    process = start_cli(*upload, "--limit-rate", "12M", server=server, cwd=tmp_path)
+    # The newest segment is not hashed yet when it is damaged.
+    wait_for(lambda: any(p.stat().st_size >= 4 * SEGMENT for p in server.storage.glob(".*.part")))
+    part = next(iter(server.storage.glob(".*.part")))
+    with part.open("r+b") as stream:
+        stream.seek(part.stat().st_size - 1000)
+        stream.write(b"damage")
+    process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the damage was overwritten by the transfer itself")
+    assert process.returncode == 6
+    assert sha256(server.storage / "data.bin") == before
+    again = document(cli("--json", *upload, server=server, cwd=tmp_path))
+    assert again["moved"] <= SEGMENT
+    assert sha256(server.storage / "data.bin") == sha256(file)
+
+
+def test_a_full_disk_on_the_server_is_named_and_keeps_the_old_file(tmp_path: Path) -> None:
+    with SSHServer(tmp_path / "server") as server, small_disk(server.storage, "24M"):
+        old = random_file(server.storage / "data.bin", 100)
+        before = sha256(old)
+        file = random_file(tmp_path / "data.bin", 40 * MIB)
+        upload = ["upload-training", *flags(server), "--path", server.storage]
+        known = cli(*upload, "--archive", file, server=server, cwd=tmp_path)
+        assert (known.returncode, "free" in known.stderr) == (7, True), known.stderr
+        assert parts(server.storage) == []
+        workspace(tmp_path, 12 * MIB)
+        unknown = cli(*upload, server=server, cwd=tmp_path)
+        assert unknown.returncode == 7, unknown.stderr
+        assert "full" in unknown.stderr
+        assert sha256(old) == before
+
+
+def test_a_full_disk_here_is_named_and_keeps_the_old_file(server: SSHServer, tmp_path: Path) -> None:
+    random_file(server.storage / "r.bin", 40 * MIB)
+    here = tmp_path / "here"
+    here.mkdir()
+    with small_disk(here, "24M"):
+        old = random_file(here / "r.bin", 100)
+        before = sha256(old)
+        done = cli("download-results", *flags(server), "--path", server.storage / "r.bin", "--local-path", here,
+                   server=server, cwd=tmp_path)  # fmt: skip
+        assert (done.returncode, "free" in done.stderr) == (7, True), done.stderr
+        assert sha256(old) == before
+
+
+class small_disk:  # noqa: N801 - reads as a context, as tmp_path does
+    """A tiny file system in a folder; only root can mount one."""
+
+    def __init__(self, folder: Path, size: str) -> None:
+        self.folder, self.size = folder, size
+
+    def __enter__(self) -> None:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={self.size}", "tmpfs", str(self.folder)]
+        if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+            pytest.skip("mounting a small disk needs root")
+
+    def __exit__(self, *exc: object) -> None:
+        subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
