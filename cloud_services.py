@@ -298,15 +298,16 @@ class SSHSettings:
                 value = os.environ.get(variable) or dotenv.get(variable)
                 if value:
                     values[field.name] = value
-        if "@" in (host := str(values.get("host", ""))) and "user" not in given:
-            values["user"], values["host"] = host.rsplit("@", 1)
+        if "@" in (host := str(values.get("host", ""))):
+            user, values["host"] = host.rsplit("@", 1)
+            values["user"] = given.get("user") or user
         if "port" in values:
             values["port"] = _port(values["port"])
         return cls(**values)
 
     def __post_init__(self) -> None:
         for name, value in (("host", self.host), ("user", self.user)):
-            if value is not None and not re.fullmatch(r"[\w.:%\[\]+][\w.:%\[\]+@$-]*", value):
+            if value is not None and not re.fullmatch(r"[\w.:%+][\w.:%+@$-]*", value):
                 raise UsageError(
                     f"{printable(value)!r} is no valid {name} name",
                     f"use --{name} with a plain name, such as gpu.example.com",
@@ -2085,14 +2086,14 @@ class SSHConnection:
         return LinkLostError(f"lost {self.name}: {why}", SAME_COMMAND)
 
     def identities(self) -> list[str]:
-        """The private key files to try: the one asked for, else those of ~/.ssh/config."""
+        """The private key files to try: the one asked for, else ~/.ssh/config's, else ssh's own."""
         if self.settings.identity:
             path = os.path.expanduser(self.settings.identity)
             if not os.path.isfile(path):
                 raise NotFoundError(f"the key {printable(path)} does not exist", "check --identity")
             return [path]
-        configured = (os.path.expanduser(path) for path in self.config.get("identityfile", []))
-        return [path for path in configured if os.path.isfile(path)]
+        files = self.config.get("identityfile", DEFAULT_KEYS)
+        return [path for path in map(os.path.expanduser, files) if os.path.isfile(path)]
 
     def run(self, script: str) -> Completed:
         """Run a POSIX shell script on the server and wait for its end."""
@@ -2157,21 +2158,22 @@ class SSHConnection:
         try:
             return self._connect(self.settings.passphrase)
         except self._paramiko.AuthenticationException:
-            locked = next((path for path in self.identities() if self._is_encrypted(path)), None)
+            locked = self.locked_key()
             if locked is None or self.settings.passphrase or not self.settings.ask_passphrase:
                 raise
-            return self._connect(self.settings.ask_passphrase(locked))
+            passphrase = self.settings.ask_passphrase(locked)
+            self.settings = dataclasses.replace(self.settings, passphrase=passphrase)
+            return self._connect(passphrase)
 
     def _connect(self, passphrase: str | None) -> paramiko.SSHClient:
         client: paramiko.SSHClient = self._paramiko.SSHClient()
         self._host_keys = KnownHosts(self)
         client.set_missing_host_key_policy(self._host_keys)  # type: ignore[arg-type]
         self._sock = _LiveSocket(self._open_socket())
-        only_ours = bool(self.settings.identity) or self.config.get("identitiesonly") == "yes"
         try:
             client.connect(
                 self.hostname, self.port, self.user, key_filename=self.identities(),  # type: ignore[arg-type]  # a list is fine
-                passphrase=passphrase, look_for_keys=not only_ours, sock=self._sock,  # type: ignore[arg-type]
+                passphrase=passphrase, look_for_keys=False, sock=self._sock,  # type: ignore[arg-type]
                 timeout=CONNECT_SECONDS, banner_timeout=CONNECT_SECONDS, auth_timeout=2 * CONNECT_SECONDS,
                 transport_factory=self._make_transport,
             )  # fmt: skip
@@ -2236,13 +2238,18 @@ class SSHConnection:
             )  # fmt: skip
         return ours
 
-    def _is_encrypted(self, path: str) -> bool:
+    def locked_key(self) -> str | None:
+        """The first key file that is encrypted and that the passphrase, if any, does not open."""
+        return next((path for path in self.identities() if self._is_locked(path)), None)
+
+    def _is_locked(self, path: str) -> bool:
+        passphrase = self.settings.passphrase
         try:
-            self._paramiko.PKey.from_path(path)
+            self._paramiko.PKey.from_path(path, passphrase.encode() if passphrase else None)
         except (self._paramiko.PasswordRequiredException, TypeError):
             return True
-        except Exception:  # whatever else is wrong with it, a passphrase will not mend it
-            return False
+        except Exception:  # what else is wrong with it a passphrase mends only if there was one
+            return passphrase is not None
         return False
 
     def _watch(self) -> None:
@@ -2262,6 +2269,7 @@ class SSHConnection:
             self.transport.global_request("keepalive@openssh.com", wait=True)
 
 
+DEFAULT_KEYS = ("~/.ssh/id_ed25519", "~/.ssh/id_ecdsa", "~/.ssh/id_rsa")
 SHA256_COMMANDS = {"sha256sum": "sha256sum", "shasum": "shasum -a 256"}
 
 
@@ -2300,11 +2308,11 @@ def _translate_ssh(connection: SSHConnection, error: Exception) -> CloudError | 
     login = f"ssh -p {connection.port} {shlex.quote(connection.user)}@{shlex.quote(connection.hostname)}"
     if connection.dead:
         return connection.lost()
-    if isinstance(error, paramiko.AuthenticationException):
-        locked = [path for path in connection.identities() if connection._is_encrypted(path)]
-        if locked:
-            why = "is wrong" if connection.settings.passphrase else "is needed"
-            return AccessError(f"the passphrase of {printable(locked[0])} {why}", f"ssh-add {shlex.quote(locked[0])}")
+    refused = isinstance(error, paramiko.AuthenticationException)
+    if (refused or connection.settings.passphrase) and (locked := connection.locked_key()):
+        why = "is wrong" if connection.settings.passphrase else "is needed"
+        return AccessError(f"the passphrase of {printable(locked)} {why}", f"ssh-add {shlex.quote(locked)}")
+    if refused:
         return AccessError(f"{name} refuses the login of {connection.user}: no offered key is accepted", f"{login}   (add --identity KEY, or install your key with ssh-copy-id)")
     if isinstance(error, socket.gaierror):
         return ConnectError(f"the host {printable(connection.hostname)} does not resolve: {error.strerror}", "check --host, or PAPERSPACE_HOST in the environment or .env")

@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -432,7 +431,7 @@ def test_a_file_that_cannot_be_read_is_named(plain_user: Path) -> None:
     (workspace / TICK).chmod(0)
     with pytest.raises(AccessError, match=r"2023\.csv: permission denied"):
         create_archive(everything(workspace), plain_user / "out.tar.gz")
-    assert set(tree(plain_user)) == {"workspace"} | {f"workspace/{n}" for n in tree(workspace)}
+    assert [path.name for path in plain_user.iterdir()] == ["workspace"]
 
 
 # ── the output: whole or absent ──────────────────────────────────────────────────────────────────
@@ -533,7 +532,6 @@ def test_a_full_disk_leaves_the_old_archive(workspace: Path, small_disk: Path) -
     assert tree(small_disk) == {"out.tar.gz": b"the old archive"}
 
 
-@both_engines
 def test_killed_in_the_middle_the_old_archive_stays(workspace: Path, tmp_path: Path) -> None:
     write_file(workspace / TICK, patterned(2 * MIB))
     output = write_file(tmp_path / "out.tar.gz", b"the old archive")
@@ -599,7 +597,7 @@ def test_archive_commands_work_on_a_bare_python_beside_a_dotenv(tmp_path: Path, 
 
 
 def test_both_compressors_pack_the_same_content(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("isal.igzip_threaded")
     write_file(workspace / TICK, patterned(MIB + 5))
@@ -608,4 +606,3 @@ def test_both_compressors_pack_the_same_content(
     without = packed(everything(workspace))
     assert with_isal != without
     assert gzip.decompress(with_isal) == gzip.decompress(without)
-    shutil.rmtree(tmp_path / "workspace")
