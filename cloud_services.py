@@ -48,6 +48,7 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
@@ -1373,8 +1374,8 @@ class Store(ABC):
         return True
 
     @abstractmethod
-    def check(self, path: str) -> ContentCheck:
-        """A check of the stored content."""
+    def check(self, path: str, growing: bool = False) -> ContentCheck:
+        """A check of the stored content; `growing`: of a file that is about to be sent."""
 
     @abstractmethod
     def truncate(self, path: str, size: int) -> None:
@@ -1393,12 +1394,6 @@ class Store(ABC):
 
     def close(self) -> None:
         """Release the connection."""
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def find(self, pattern: str) -> list[FileInfo]:
         """The files and folders that match a path or a glob, sorted by path."""
@@ -1454,7 +1449,7 @@ class LocalStore(Store):
         with local_errors(path), open(path, "rb") as stream:
             return [hashlib.sha256(data).hexdigest() for data in read_blocks(stream, SEGMENT_BYTES)]
 
-    def check(self, path: str) -> ContentCheck:
+    def check(self, path: str, growing: bool = False) -> ContentCheck:
         return _LocalCheck(path)
 
     def truncate(self, path: str, size: int) -> None:
@@ -1743,7 +1738,7 @@ def send_segments(store: Store, source: Source, part: str, progress: Progress) -
     """
     before = store.info(part)
     held = store.digests(part, before.size) if before else []
-    check = store.check(part)
+    check = store.check(part, growing=True)
     advance: Advance = progress.advance if source.size is not None else lambda count: None
     if source.size is not None:
         progress.begin("sending", source.total)
@@ -1840,9 +1835,10 @@ class _Incoming:
             self._journal.flush()
         self.sha256 = hashlib.sha256()
         self._lock = threading.Lock()
-        self._buffer = bytearray(SEGMENT_BYTES)
-        self._watermark = _Watermark(self._hash_up_to)
-        self._hashed = 0
+        self._complete: queue.Queue[int | None] = queue.Queue()
+        self._watermark = _Watermark(self._complete.put)
+        self._hasher = threading.Thread(target=self._hash_file, daemon=True)
+        self._hasher.start()
 
     def _journaled(self, header: str) -> set[int]:
         with contextlib.suppress(FileNotFoundError):
@@ -1868,14 +1864,21 @@ class _Incoming:
             self._journal.flush()
         self._watermark.done(index)
 
-    def _hash_up_to(self, count: int) -> None:
-        """Hash the file as it is on the disk, as far as it is complete."""
-        for index in range(self._hashed, count):
-            with local_errors(self.part), self._lock:
-                self._stream.seek(index * SEGMENT_BYTES)
-                length = self._stream.readinto(self._buffer)  # type: ignore[attr-defined]
-            self.sha256.update(memoryview(self._buffer)[:length])
-        self._hashed = count
+    def _hash_file(self) -> None:
+        """In a thread of its own: hash the file as it is on the disk, as far as it is complete."""
+        buffer, hashed = bytearray(SEGMENT_BYTES), 0
+        with open(self.part, "rb", buffering=0) as stream:
+            while (count := self._complete.get()) is not None:
+                for _ in range(hashed, count):
+                    length = stream.readinto(buffer)
+                    self.sha256.update(memoryview(buffer)[:length])
+                hashed = max(hashed, count)
+
+    def digest(self) -> str:
+        """The SHA-256 of the file, once everything has arrived."""
+        self._complete.put(None)
+        self._hasher.join()
+        return self.sha256.hexdigest()
 
     def close(self) -> None:
         """Bring everything to the disk."""
@@ -1913,7 +1916,6 @@ def fetch_segments(store: Store, remote: FileInfo, part: Path, progress: Progres
     wanted = [span for span in spans(remote.size) if span.number not in incoming.held]
     moved = sum(span.length for span in wanted)
     check = store.check(remote.path)
-    check.ready(len(spans(remote.size)))
     progress.begin("fetching", remote.size)
     progress.advance(remote.size - moved)
     try:
@@ -1925,7 +1927,7 @@ def fetch_segments(store: Store, remote: FileInfo, part: Path, progress: Progres
     finally:
         progress.end()
         incoming.close()
-    digest = incoming.sha256.hexdigest()
+    digest = incoming.digest()
     try:
         how = _check_fetched(store, check, remote, part, digest)
     except IntegrityError:
@@ -2043,6 +2045,38 @@ class _LiveSocket:
         return getattr(self._sock, name)
 
 
+class _ChunkPipe:
+    """Stands in for paramiko's BufferedPipe in a channel: hands chunks on as they are, uncopied.
+
+    The original appends to one array and moves all that is left at each read.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: deque[bytes] = deque()
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def feed(self, data: bytes) -> None:
+        with self._changed:
+            self._chunks.append(data)
+            self._changed.notify_all()
+
+    def read(self, count: int, timeout: float | None = None) -> bytes:
+        """The next chunk, whatever its size; empty at the end. Raises as the original does."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._chunks or self._closed, timeout):
+                raise need("paramiko.buffered_pipe").PipeTimeout
+            return self._chunks.popleft() if self._chunks else b""
+
+    def read_ready(self) -> bool:
+        return bool(self._chunks)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
 class SSHConnection:
     """An authenticated SSH connection whose death is noticed within `settings.timeout` seconds.
 
@@ -2120,20 +2154,15 @@ class SSHConnection:
     @functools.cached_property
     def sha256_command(self) -> str:
         """What computes SHA-256 on the server; empty: nothing does, or it runs no commands."""
-        answer = self._tools
-        return next((c for word, c in SHA256_COMMANDS.items() if word in answer), "")
-
-    @functools.cached_property
-    def runs_commands(self) -> bool:
-        """Whether the server runs shell commands for us."""
-        return "=42" in self._tools
+        found = {posixpath.basename(line) for line in self._tools.splitlines()}
+        return next((run for word, run in SHA256_COMMANDS.items() if word in found), "")
 
     @functools.cached_property
     def _tools(self) -> str:
         words = " ".join(SHA256_COMMANDS)
         try:
             with ssh_errors(self), contextlib.closing(self.open_session(self.settings.timeout)) as channel:
-                channel.exec_command(shell_command(f"command -v {words}; echo =$((6*7))"))
+                channel.exec_command(shell_command(f"for tool in {words}; do command -v $tool; done"))
                 channel.shutdown_write()
                 return b"".join(iter(lambda: channel.recv(MIB), b"")).decode("utf-8", "replace")
         except TransferError:
@@ -2270,7 +2299,11 @@ class SSHConnection:
 
 
 DEFAULT_KEYS = ("~/.ssh/id_ed25519", "~/.ssh/id_ecdsa", "~/.ssh/id_rsa")
-SHA256_COMMANDS = {"sha256sum": "sha256sum", "shasum": "shasum -a 256"}
+SHA256_COMMANDS = {
+    "openssl": "openssl dgst -sha256 -r",  # first: it uses the processor's SHA instructions
+    "sha256sum": "sha256sum",
+    "shasum": "shasum -a 256",
+}
 
 
 def shell_command(script: str) -> bytes:
@@ -2465,8 +2498,10 @@ class SSHStore(Store):
     def can_hash(self) -> bool:
         return bool(self.connection.sha256_command)
 
-    def check(self, path: str) -> ContentCheck:
-        return _CommandCheck(self.connection, path) if self.can_hash else ReadBack(self, path)
+    def check(self, path: str, growing: bool = False) -> ContentCheck:
+        if not self.can_hash:
+            return ReadBack(self, path)
+        return _GrowingCheck(self.connection, path) if growing else _CommandCheck(self.connection, path)
 
     def require_unpacking(self) -> None:
         if not self.connection.sha256_command:
@@ -2481,7 +2516,8 @@ class SSHStore(Store):
             f"cd {quoted(folder or '.')} || exit; LC_ALL=C; export LC_ALL\n"
             f"last=$({{ tar --no-same-owner -xzvf {quoted('./' + name)} || echo FAILED; }} | tail -n 1)\n"
             'case "$last" in (*.sha256) ;; (FAILED) exit 1;; (*) echo "no manifest in it" >&2; exit 1;; esac\n'
-            f'{self.connection.sha256_command} -c "./$last" >/dev/null',
+            'if command -v sha256sum >/dev/null; then sha256sum -c "./$last"; else shasum -a 256 -c "./$last"; fi'
+            " >/dev/null",
             f"unpack {printable(archive)}",
         )
 
@@ -2516,33 +2552,23 @@ def quoted(path: str) -> str:
 
 
 class _CommandCheck:
-    """Hashes a file on the server while it arrives: the server reads what is complete so far.
-
-    One shell loop reads lines "skip count" and feeds those segments of the file to one sha256sum;
-    the newest segment is held back until the end, as a stale longer file may still be cut there.
-    """
+    """Hashes a file on the server, in one command that runs meanwhile."""
 
     how = "SHA-256 computed on the server"
-    BATCH = 16  # segments a dd, so that few processes start
 
     def __init__(self, connection: SSHConnection, path: str) -> None:
         self._connection = connection
-        self._asked = 0
         with ssh_errors(connection):
             self._channel = connection.open_session()
-            self._channel.exec_command(
-                shell_command(
-                    f"while read -r skip count; do dd if={quoted(path)} bs={SEGMENT_BYTES} skip=$skip count=$count"
-                    f" 2>/dev/null; done | {connection.sha256_command}"
-                )
-            )
+            self._channel.exec_command(shell_command(self._script(path)))
+
+    def _script(self, path: str) -> str:
+        return f"{self._connection.sha256_command} < {quoted(path)}"
 
     def ready(self, segments: int) -> None:
-        if segments - 1 >= self._asked + self.BATCH:
-            self._ask(segments - 1)
+        """The file was complete from the start."""
 
     def result(self, size: int) -> str:
-        self._ask(len(spans(size)))
         with ssh_errors(self._connection), contextlib.closing(self._channel) as channel:
             channel.shutdown_write()
             answer = b"".join(iter(lambda: channel.recv(MIB), b"")).decode("ascii", "replace")
@@ -2550,6 +2576,34 @@ class _CommandCheck:
         if not found:
             raise TransferError("the server did not answer with a SHA-256", SAME_COMMAND)
         return str(found[-1])
+
+
+class _GrowingCheck(_CommandCheck):
+    """Hashes a file on the server while it arrives: the server reads what is complete so far.
+
+    One shell loop reads lines "skip count" and feeds those segments of the file to one hash. The
+    newest segment is held back until the end, as a stale longer file may still be cut there.
+    """
+
+    BATCH = 16  # segments a dd, so that few processes start
+
+    def __init__(self, connection: SSHConnection, path: str) -> None:
+        super().__init__(connection, path)
+        self._asked = 0
+
+    def _script(self, path: str) -> str:
+        return (
+            f"while read -r skip count; do dd if={quoted(path)} bs={SEGMENT_BYTES} skip=$skip"
+            f" count=$count 2>/dev/null; done | {self._connection.sha256_command}"
+        )
+
+    def ready(self, segments: int) -> None:
+        if segments - 1 >= self._asked + self.BATCH:
+            self._ask(segments - 1)
+
+    def result(self, size: int) -> str:
+        self._ask(len(spans(size)))
+        return super().result(size)
 
     def _ask(self, segments: int) -> None:
         with ssh_errors(self._connection):
@@ -2707,9 +2761,11 @@ class _SFTPLane:
         self._connection = store.connection
         self._last_id = 0
         self._received = memoryview(b"")
+        self._data = memoryview(bytearray(0 if writing else store.step))  # reused: fresh memory is slow
         with ssh_errors(self._connection):
             timeout = self._connection.settings.timeout
             self._channel = self._connection.open_session(timeout, self.WINDOW_BYTES)
+            self._channel.in_buffer = _ChunkPipe()  # type: ignore[assignment]
             self._channel.invoke_subsystem("sftp")
             self._channel.sendall(struct.pack(">IBI", 5, self.INIT, 3))
             self._read_packet()
@@ -2718,7 +2774,7 @@ class _SFTPLane:
         kind, answer = self._read_packet()
         if kind != self.HANDLE:
             self._raise_status(answer)
-        self._handle = bytes(answer[4:])  # the length and the bytes, as every request repeats them
+        self._handle = answer[4:]  # the length and the bytes, as every request repeats them
 
     def send(self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance) -> None:
         waiting: dict[int, tuple[int, int]] = {}  # request → segment, bytes
@@ -2763,11 +2819,9 @@ class _SFTPLane:
                 self._request_reads(span.number * SEGMENT_BYTES, span.length, requests)
             if not missing:
                 return
-            offset, data = self._take_data(requests)
-            sink.write(offset, data)
-            advance(len(data))
+            offset, length = self._take_data(requests, sink, advance)
             index = offset // SEGMENT_BYTES
-            missing[index] -= len(data)
+            missing[index] -= length
             if not missing[index]:
                 del missing[index]
                 sink.arrived(index)
@@ -2775,19 +2829,28 @@ class _SFTPLane:
     def _request_reads(self, offset: int, length: int, requests: dict[int, Span]) -> None:
         for at in range(offset, offset + length, self._store.step):
             count = min(self._store.step, offset + length - at)
-            self._connection.limiter.take(count)
             requests[self._request(self.READ, self._handle + struct.pack(">QI", at, count))] = Span(at, count)
 
-    def _take_data(self, requests: dict[int, Span]) -> tuple[int, memoryview]:
-        """Take one answer to a read; ask again for what a short answer left out."""
-        kind, answer = self._read_packet()
-        request, length = struct.unpack_from(">II", answer)
-        if kind != self.DATA or length == 0:
-            self._raise_status(answer)
+    def _take_data(self, requests: dict[int, Span], sink: Sink, advance: Advance) -> tuple[int, int]:
+        """Pass one answer to a read on to `sink`; ask again for what a short answer left out."""
+        length, kind = struct.unpack(">IB", self._read(5))
+        if kind != self.DATA:
+            self._raise_status(self._read(length - 1))
+        request, length = struct.unpack(">II", self._read(8))
         offset, wanted = requests.pop(request)
+        if not 0 < length <= wanted:
+            raise self._connection.lost()
         if length < wanted:
             self._request_reads(offset + length, wanted - length, requests)
-        return offset, answer[8 : 8 + length]
+        self._connection.limiter.take(length)
+        filled = 0
+        while filled < length:
+            piece = self._read_some(length - filled)
+            self._data[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        sink.write(offset, self._data[:length])
+        advance(length)
+        return offset, length
 
     def close(self) -> None:
         # Closed here, by the thread that used it: a channel that the garbage collector closes
@@ -2804,30 +2867,29 @@ class _SFTPLane:
                 self._channel.sendall(packet[start : start + self.SSH_PACKET_BYTES])
         return self._last_id
 
-    def _read_packet(self) -> tuple[int, memoryview]:
-        self._receive(4)
-        (length,) = struct.unpack_from(">I", self._received)
-        self._receive(4 + length)
-        packet, self._received = self._received[4 : 4 + length], self._received[4 + length :]
-        return packet[0], packet[1:]
+    def _read_packet(self) -> tuple[int, bytes]:
+        length, kind = struct.unpack(">IB", self._read(5))
+        return kind, self._read(length - 1)
 
-    def _receive(self, count: int) -> None:
-        """Have at least `count` bytes at hand; always takes all there is, as paramiko moves the rest."""
-        if len(self._received) >= count:
-            return
-        parts, have = [self._received], len(self._received)
-        with ssh_errors(self._connection):
-            while have < count:
-                data = self._channel.recv(self.WINDOW_BYTES)
-                if not data:
-                    raise EOFError
-                parts.append(memoryview(data))
-                have += len(data)
-        self._received = memoryview(b"".join(parts))
+    def _read(self, count: int) -> bytes:
+        data = bytes(self._read_some(count))
+        while len(data) < count:
+            data += self._read_some(count - len(data))
+        return data
 
-    def _raise_status(self, answer: memoryview) -> NoReturn:
+    def _read_some(self, most: int) -> memoryview:
+        """At least one byte and at most `most`, as they came: nothing is copied."""
+        if not self._received:
+            with ssh_errors(self._connection):
+                self._received = memoryview(self._channel.recv(most))
+            if not self._received:
+                raise self._connection.lost()
+        data, self._received = self._received[:most], self._received[most:]
+        return data
+
+    def _raise_status(self, answer: bytes) -> NoReturn:
         _, status, length = struct.unpack_from(">III", answer)
-        text = printable(bytes(answer[12 : 12 + length]))
+        text = printable(answer[12 : 12 + length])
         shown = f"{printable(self._path)} on {self._store.name}"
         if status == 1:  # SSH_FX_EOF
             raise IntegrityError(f"{shown} became shorter while it was read", SAME_COMMAND)
@@ -2994,7 +3056,6 @@ def rsync_fetch(store: Store, remote: FileInfo, part: Path, progress: Progress) 
     if not isinstance(store, SSHStore):
         raise UsageError("rsync fetches from a server; for a folder here use --method local")
     check = store.check(remote.path)
-    check.ready(len(spans(remote.size)))
     progress.begin("fetching", remote.size)
     try:
         moved = _run_rsync(store, _remote_argument(store, remote.path), _local_argument(part), progress)
@@ -3140,6 +3201,34 @@ class DownloadResult:
         return not self.failures
 
 
+class _Session:
+    """A store that is opened when needed and again after the link broke."""
+
+    def __init__(self, open_it: Callable[[], Store]) -> None:
+        self._open = open_it
+        self._store: Store | None = None
+
+    def run(self, operation: Callable[[Store], T]) -> T:
+        """Call `operation` with the store, and again with a new one when the link breaks."""
+
+        def attempt() -> T:
+            if self._store is None:
+                self._store = self._open()
+            try:
+                return operation(self._store)
+            except LinkLostError:
+                self.close()
+                raise
+
+        return with_retries(attempt)
+
+    def close(self) -> None:
+        """Close the store, if there is one."""
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
+
+
 class _Paperspace:
     """What uploads and downloads share: the settings, the workspace, and the remote listing."""
 
@@ -3162,21 +3251,16 @@ class _Paperspace:
 
         Raises NotFoundError when there is nothing.
         """
-        with self._open(method) as store:
-            path = self._remote_path(path or self.settings.path, method)
-            found = store.find(path)
-            if not found:
-                raise NotFoundError(f"nothing matches {printable(path)} on {store.name}", list_hint(path))
-            if len(found) == 1 and found[0].is_folder and not glob.has_magic(path):
-                found = store.entries(path)
-            return sorted(found)
+        where = self._remote_path(path or self.settings.path, method)
+        with self._session(method) as session:
+            return session.run(lambda store: _listing(store, where))
 
     list_files = list_paperspace_files
 
-    def _open(self, method: str) -> Store:
+    def _session(self, method: str) -> contextlib.closing[_Session]:
         if method not in METHODS:
             raise UsageError(f"{printable(method)!r} is no method", f"use one of {', '.join(METHODS)}")
-        return open_store(self.settings, method)
+        return contextlib.closing(_Session(lambda: open_store(self.settings, method)))
 
     @staticmethod
     def _remote_path(path: str, method: str) -> str:
@@ -3186,6 +3270,15 @@ class _Paperspace:
         if method == "local":
             return os.path.expanduser(path)
         return path.removeprefix("~/") or "." if path.startswith("~/") else "." if path == "~" else path
+
+
+def _listing(store: Store, path: str) -> list[FileInfo]:
+    found = store.find(path)
+    if not found:
+        raise NotFoundError(f"nothing matches {printable(path)} on {store.name}", list_hint(path))
+    if len(found) == 1 and found[0].is_folder and not glob.has_magic(path):
+        found = store.entries(path)
+    return sorted(found)
 
 
 class PaperspaceUploader(_Paperspace):
@@ -3223,7 +3316,9 @@ class PaperspaceUploader(_Paperspace):
         with contextlib.ExitStack() as stack:
             source = self._source(archive, method, stack)
             target = self._target(archive, method)
-            moved = with_retries(lambda: self._upload(source, target, method, extract))
+            session = stack.enter_context(self._session(method))
+            send = rsync_send if method == "rsync" else send_segments
+            moved = session.run(lambda store: self._upload(store, source, target, send, extract))
         plan = archive if isinstance(archive, Plan) else None
         return TransferResult(
             str(self.workspace if plan else archive), target, moved.size, moved.moved,
@@ -3255,18 +3350,14 @@ class PaperspaceUploader(_Paperspace):
         name = timestamped("training_data") if isinstance(archive, Plan) else Path(archive).name
         return posixpath.join(path, name)
 
-    def _upload(self, source: Source, target: str, method: str, extract: bool) -> Moved:
-        with self._open(method) as store:
-            if extract:
-                store.require_unpacking()
-            if isinstance(source, FileSource) and (same := _already_there(store, source, target)):
-                moved = same
-            else:
-                moved = deliver(store, source, target, self.progress, rsync_send if method == "rsync" else send_segments)
-            if extract:
-                log.info("unpacking on %s", store.name)
-                store.unpack(target)
-            return moved
+    def _upload(self, store: Store, source: Source, target: str, send: Sender, extract: bool) -> Moved:
+        if extract:
+            store.require_unpacking()
+        same = _already_there(store, source, target) if isinstance(source, FileSource) else None
+        moved = same or deliver(store, source, target, self.progress, send)
+        if extract:
+            store.unpack(target)
+        return moved
 
 
 def _already_there(store: Store, source: FileSource, target: str) -> Moved | None:
@@ -3297,8 +3388,9 @@ class PaperspaceDownloader(_Paperspace):
 
     def find_results(self, remote: str, method: str = "scp", newest: bool = False) -> list[FileInfo]:
         """The remote files a path or a glob means. Raises NotFoundError when there is none."""
-        with self._open(method) as store:
-            return self._matches(store, self._remote_path(remote, method), newest)
+        where = self._remote_path(remote, method)
+        with self._session(method) as session:
+            return session.run(lambda store: self._matches(store, where, newest))
 
     def download_paperspace_results(
         self, remote: str, local_path: str | Path = ".", method: str = "scp",
@@ -3310,19 +3402,20 @@ class PaperspaceDownloader(_Paperspace):
         One that fails does not stop the others, but makes the result false; when it is the only
         one, its error is raised.
         """
-        remote = self._remote_path(remote, method)
-        with self._open(method) as store:
-            matches = self._matches(store, remote, newest)
+        where = self._remote_path(remote, method)
+        fetch = rsync_fetch if method == "rsync" else fetch_segments
         files: list[TransferResult] = []
         failures: list[str] = []
-        for match in matches:
-            try:
-                files.append(self._download(match, Path(local_path), method, extract))
-            except CloudError as error:
-                if len(matches) == 1:
-                    raise
-                log.error("%s", error)
-                failures.append(f"{match.path}: {error}")
+        with self._session(method) as session:
+            matches = session.run(lambda store: self._matches(store, where, newest))
+            for match in matches:
+                try:
+                    files.append(self._download(session, match, Path(local_path), fetch, extract))
+                except CloudError as error:
+                    if len(matches) == 1:
+                        raise
+                    log.error("%s", error)
+                    failures.append(f"{match.path}: {error}")
         return DownloadResult(tuple(files), tuple(failures))
 
     create_results_archive = create_paperspace_results_archive
@@ -3339,15 +3432,11 @@ class PaperspaceDownloader(_Paperspace):
             raise NotFoundError(f"no file matches {printable(path)} on {store.name}", list_hint(path))
         return [max(files, key=lambda info: (info.mtime, info.path))] if newest else files
 
-    def _download(self, remote: FileInfo, folder: Path, method: str, extract: bool) -> TransferResult:
+    def _download(
+        self, session: _Session, remote: FileInfo, folder: Path, fetch: Fetcher, extract: bool
+    ) -> TransferResult:
         started = time.monotonic()
-        fetch = rsync_fetch if method == "rsync" else fetch_segments
-
-        def attempt() -> Moved:
-            with self._open(method) as store:
-                return collect(store, remote, folder, self.progress, fetch)
-
-        moved = with_retries(attempt)
+        moved = session.run(lambda store: collect(store, remote, folder, self.progress, fetch))
         target = folder / _base(remote)
         if extract:
             extract_archive(target, folder, self.progress)

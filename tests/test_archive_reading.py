@@ -119,7 +119,7 @@ both_engines = pytest.mark.usefixtures("_engine")
 
 
 def refused(
-    archive: Path, into: Path, kind: type[CloudError] = IntegrityError, match: str = ""
+    archive: Path, into: Path, kind: type[CloudError] = IntegrityError, match: str | None = None
 ) -> CloudError:
     """Neither verified nor unpacked, with an error that names the archive, and nothing written."""
     before = tree(into.parent)
