@@ -50,6 +50,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
@@ -1345,8 +1346,12 @@ class Store(ABC):
     streams = 1
 
     @abstractmethod
+    def infos(self, *paths: str) -> list[FileInfo | None]:
+        """What is at each path, asked for in one round trip; None: nothing."""
+
     def info(self, path: str) -> FileInfo | None:
         """What is at `path`; None: nothing."""
+        return self.infos(path)[0]
 
     @abstractmethod
     def entries(self, folder: str) -> list[FileInfo]:
@@ -1392,13 +1397,16 @@ class Store(ABC):
     def require_unpacking(self) -> None:
         """Raise AccessError when `unpack` cannot work here."""
 
+    def get_ready(self) -> None:
+        """A transfer follows: start in the background what it will need."""
+
     def close(self) -> None:
         """Release the connection."""
 
     def find(self, pattern: str) -> list[FileInfo]:
         """The files and folders that match a path or a glob, sorted by path."""
-        if not glob.has_magic(pattern) or (self.info(pattern) is not None):
-            info = self.info(pattern)
+        info = self.info(pattern)
+        if info or not glob.has_magic(pattern):
             return [info] if info else []
         folder, name = posixpath.split(pattern.rstrip("/"))
         parents = self.find(folder) if glob.has_magic(folder) else [self.info(folder or ".")]
@@ -1422,11 +1430,16 @@ class LocalStore(Store):
 
     name = "this machine"
 
-    def info(self, path: str) -> FileInfo | None:
-        try:
-            status = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+    def infos(self, *paths: str) -> list[FileInfo | None]:
+        return [self._look(path) for path in paths]
+
+    @staticmethod
+    def _look(path: str) -> FileInfo | None:
+        with local_errors(path):
+            try:
+                status = os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         return FileInfo(path, status.st_size, int(status.st_mtime), stat.S_ISDIR(status.st_mode))
 
     def entries(self, folder: str) -> list[FileInfo]:
@@ -1736,9 +1749,9 @@ def send_segments(store: Store, source: Source, part: str, progress: Progress) -
 
     Raises IntegrityError when the stored content differs in the end.
     """
+    check = store.check(part, growing=True)
     before = store.info(part)
     held = store.digests(part, before.size) if before else []
-    check = store.check(part, growing=True)
     advance: Advance = progress.advance if source.size is not None else lambda count: None
     if source.size is not None:
         progress.begin("sending", source.total)
@@ -1954,14 +1967,16 @@ def _check_fetched(store: Store, check: ContentCheck, remote: FileInfo, part: Pa
 
 def deliver(store: Store, source: Source, target: str, progress: Progress, send: Sender = send_segments) -> Moved:
     """Bring `source` to the path `target` of the store: .part, content check, rename."""
+    store.get_ready()
     folder = posixpath.dirname(target)
-    if folder:
-        store.make_folder(folder)
-    existing = store.info(target)
+    part = posixpath.join(folder, source.part_name)
+    existing, started = store.infos(target, part)
     if existing and existing.is_folder:
         raise UsageError(f"{printable(target)} on {store.name} is a folder")
-    part = posixpath.join(folder, source.part_name)
-    started = store.info(part)
+    if same := _already_there(store, source, existing):
+        return same
+    if folder and not (existing or started):
+        store.make_folder(folder)
     missing = None if source.size is None else source.size - (started.size if started else 0)
     require_space(store.free_bytes(folder or "."), missing, f"{folder or '.'} on {store.name}")
     try:
@@ -1980,11 +1995,21 @@ def deliver(store: Store, source: Source, target: str, progress: Progress, send:
     return moved
 
 
+def _already_there(store: Store, source: Source, existing: FileInfo | None) -> Moved | None:
+    """The stored file as an arrived one, when it has the source's size and content."""
+    if existing is None or not isinstance(source, FileSource) or existing.size != source.size or not store.can_hash:
+        return None
+    check = store.check(existing.path)
+    digest = file_sha256(source.path)
+    return Moved(existing.size, 0, digest, check.how) if check.result(existing.size) == digest else None
+
+
 def collect(store: Store, remote: FileInfo, folder: Path, progress: Progress, fetch: Fetcher = fetch_segments) -> Moved:
     """Bring a remote file into the local `folder`: .part, content check, rename.
 
     A file that is already there with the same content is left as it is.
     """
+    store.get_ready()
     name = _base(remote)
     target = folder / name
     with local_errors(folder):
@@ -2085,7 +2110,7 @@ class SSHConnection:
     """
 
     def __init__(self, settings: SSHSettings, jump: SSHConnection | None = None) -> None:
-        self._paramiko: Any = need("paramiko")
+        self.paramiko: Any = need("paramiko")
         logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # its failures reach us as errors
         self.settings = settings
         self.config = ssh_config(settings.host)
@@ -2098,6 +2123,9 @@ class SSHConnection:
         self._jump = jump
         self._proxy: subprocess.Popen[bytes] | None = None
         self._closed = threading.Event()
+        self.make_room: Callable[[], None] = lambda: None
+        self._tools_lock = threading.Lock()
+        self._found_tools: str | None = None
         try:
             with ssh_errors(self):
                 self._client = self._authenticated_client()
@@ -2131,7 +2159,7 @@ class SSHConnection:
 
     def run(self, script: str) -> Completed:
         """Run a POSIX shell script on the server and wait for its end."""
-        with ssh_errors(self), contextlib.closing(self.open_session()) as channel:
+        with ssh_errors(self), contextlib.closing(self.open_command_session()) as channel:
             channel.exec_command(shell_command(script))
             channel.shutdown_write()
             output = b"".join(iter(lambda: channel.recv(MIB), b""))
@@ -2144,24 +2172,43 @@ class SSHConnection:
         try:
             # A large packet size spares both ends most of the packets of a download.
             channel = transport.open_session(window, 128 * KIB, self.settings.timeout)
-        except self._paramiko.SSHException as error:
+        except self.paramiko.SSHException as error:
             if not transport.is_active():
                 raise
             raise NoMoreSessionsError(f"{self.name} refuses a further session") from error
         channel.settimeout(timeout)
         return channel
 
-    @functools.cached_property
+    def open_command_session(self) -> paramiko.Channel:
+        """A channel for a command; where sessions are scarce, one that only stands by is given up."""
+        for pause in (0.1, 0.3, 1.0, None):
+            try:
+                return self.open_session()
+            except NoMoreSessionsError:
+                if pause is None:
+                    raise
+            self.make_room()
+            time.sleep(pause)  # the server counts a session until its process has ended
+        raise AssertionError("the last try returns or raises")
+
+    @property
     def sha256_command(self) -> str:
         """What computes SHA-256 on the server; empty: nothing does, or it runs no commands."""
         found = {posixpath.basename(line) for line in self._tools.splitlines()}
         return next((run for word, run in SHA256_COMMANDS.items() if word in found), "")
 
-    @functools.cached_property
+    @property
     def _tools(self) -> str:
+        with self._tools_lock:
+            if self._found_tools is None:
+                self._found_tools = self._find_tools()
+            return self._found_tools
+
+    def _find_tools(self) -> str:
         words = " ".join(SHA256_COMMANDS)
         try:
-            with ssh_errors(self), contextlib.closing(self.open_session(self.settings.timeout)) as channel:
+            with ssh_errors(self), contextlib.closing(self.open_command_session()) as channel:
+                channel.settimeout(self.settings.timeout)
                 channel.exec_command(shell_command(f"for tool in {words}; do command -v $tool; done"))
                 channel.shutdown_write()
                 return b"".join(iter(lambda: channel.recv(MIB), b"")).decode("utf-8", "replace")
@@ -2186,7 +2233,7 @@ class SSHConnection:
     def _authenticated_client(self) -> paramiko.SSHClient:
         try:
             return self._connect(self.settings.passphrase)
-        except self._paramiko.AuthenticationException:
+        except self.paramiko.AuthenticationException:
             locked = self.locked_key()
             if locked is None or self.settings.passphrase or not self.settings.ask_passphrase:
                 raise
@@ -2195,7 +2242,7 @@ class SSHConnection:
             return self._connect(passphrase)
 
     def _connect(self, passphrase: str | None) -> paramiko.SSHClient:
-        client: paramiko.SSHClient = self._paramiko.SSHClient()
+        client: paramiko.SSHClient = self.paramiko.SSHClient()
         self._host_keys = KnownHosts(self)
         client.set_missing_host_key_policy(self._host_keys)  # type: ignore[arg-type]
         self._sock = _LiveSocket(self._open_socket())
@@ -2213,8 +2260,8 @@ class SSHConnection:
 
     def _make_transport(self, sock: Any, **options: Any) -> paramiko.Transport:
         # The default of 512 MB would mean hundreds of key exchanges in one big upload.
-        packetizer = type("Packetizer", (self._paramiko.packet.Packetizer,), {"REKEY_BYTES": REKEY_BYTES})
-        transport: paramiko.Transport = self._paramiko.Transport(sock, packetizer_class=packetizer, **options)
+        packetizer = type("Packetizer", (self.paramiko.packet.Packetizer,), {"REKEY_BYTES": REKEY_BYTES})
+        transport: paramiko.Transport = self.paramiko.Transport(sock, packetizer_class=packetizer, **options)
         security = transport.get_security_options()
         fast = [cipher for cipher in security.ciphers if "gcm" in cipher]
         security.ciphers = (*fast, *(c for c in security.ciphers if c not in fast))
@@ -2258,7 +2305,7 @@ class SSHConnection:
 
     def _through_command(self, command: str) -> Any:
         if os.name == "nt":
-            return self._paramiko.ProxyCommand(command)
+            return self.paramiko.ProxyCommand(command)
         ours, theirs = socket.socketpair()
         with theirs:
             self._proxy = subprocess.Popen(
@@ -2274,8 +2321,8 @@ class SSHConnection:
     def _is_locked(self, path: str) -> bool:
         passphrase = self.settings.passphrase
         try:
-            self._paramiko.PKey.from_path(path, passphrase.encode() if passphrase else None)
-        except (self._paramiko.PasswordRequiredException, TypeError):
+            self.paramiko.PKey.from_path(path, passphrase.encode() if passphrase else None)
+        except (self.paramiko.PasswordRequiredException, TypeError):
             return True
         except Exception:  # what else is wrong with it a passphrase mends only if there was one
             return passphrase is not None
@@ -2336,7 +2383,7 @@ def ssh_errors(connection: SSHConnection) -> Iterator[None]:
 
 def _translate_ssh(connection: SSHConnection, error: Exception) -> CloudError | None:
     """The table of SSH failures; None: unknown, let it be loud."""
-    paramiko = connection._paramiko
+    paramiko = connection.paramiko
     name, where = connection.name, f"{connection.hostname}:{connection.port}"
     login = f"ssh -p {connection.port} {shlex.quote(connection.user)}@{shlex.quote(connection.hostname)}"
     if connection.dead:
@@ -2410,7 +2457,7 @@ class KnownHosts:
             self._read(Path(os.path.expanduser(file)))
 
     def _read(self, file: Path) -> None:
-        hosts = self._connection._paramiko.hostkeys
+        hosts = self._connection.paramiko.hostkeys
         with contextlib.suppress(FileNotFoundError), open(file, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 if line.startswith("@revoked"):
@@ -2422,7 +2469,7 @@ class KnownHosts:
                         self._known.append(entry.key)
 
     def _names_us(self, patterns: list[str]) -> bool:
-        hash_host = self._connection._paramiko.HostKeys.hash_host
+        hash_host = self._connection.paramiko.HostKeys.hash_host
         hashed = any(p.startswith("|1|") and hash_host(self.entry, p) == p for p in patterns)
         plain = [p for p in patterns if not p.startswith(("|1|", "!"))]
         unwanted = [p[1:] for p in patterns if p.startswith("!")]
@@ -2494,6 +2541,13 @@ class SSHStore(Store):
         )
         return re.findall(r"(?m)^[0-9a-f]{64}", done.output.decode("ascii", "replace"))
 
+    def get_ready(self) -> None:
+        threading.Thread(target=self._learn_tools, daemon=True).start()
+
+    def _learn_tools(self) -> None:
+        with contextlib.suppress(CloudError):  # whoever needs the answer gets the error
+            self.can_hash  # noqa: B018 - asked for its side effect
+
     @property
     def can_hash(self) -> bool:
         return bool(self.connection.sha256_command)
@@ -2552,24 +2606,37 @@ def quoted(path: str) -> str:
 
 
 class _CommandCheck:
-    """Hashes a file on the server, in one command that runs meanwhile."""
+    """Hashes a file on the server, by one command that runs while the transfer does."""
 
     how = "SHA-256 computed on the server"
 
     def __init__(self, connection: SSHConnection, path: str) -> None:
-        self._connection = connection
-        with ssh_errors(connection):
-            self._channel = connection.open_session()
-            self._channel.exec_command(shell_command(self._script(path)))
-
-    def _script(self, path: str) -> str:
-        return f"{self._connection.sha256_command} < {quoted(path)}"
+        self._connection, self._path = connection, path
+        self._input: queue.Queue[bytes] = queue.Queue()
+        self._answer: Future[str] = Future()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def ready(self, segments: int) -> None:
         """The file was complete from the start."""
 
     def result(self, size: int) -> str:
-        with ssh_errors(self._connection), contextlib.closing(self._channel) as channel:
+        self._input.put(b"")
+        return self._answer.result()
+
+    def _script(self) -> str:
+        return f"{self._connection.sha256_command} < {quoted(self._path)}"
+
+    def _run(self) -> None:
+        try:
+            self._answer.set_result(self._hash())
+        except BaseException as error:
+            self._answer.set_exception(error)
+
+    def _hash(self) -> str:
+        with ssh_errors(self._connection), contextlib.closing(self._connection.open_command_session()) as channel:
+            channel.exec_command(shell_command(self._script()))
+            for line in iter(self._input.get, b""):
+                channel.sendall(line)
             channel.shutdown_write()
             answer = b"".join(iter(lambda: channel.recv(MIB), b"")).decode("ascii", "replace")
         found = re.findall(r"(?m)^[0-9a-f]{64}", answer)
@@ -2586,14 +2653,11 @@ class _GrowingCheck(_CommandCheck):
     """
 
     BATCH = 16  # segments a dd, so that few processes start
+    _asked = 0
 
-    def __init__(self, connection: SSHConnection, path: str) -> None:
-        super().__init__(connection, path)
-        self._asked = 0
-
-    def _script(self, path: str) -> str:
+    def _script(self) -> str:
         return (
-            f"while read -r skip count; do dd if={quoted(path)} bs={SEGMENT_BYTES} skip=$skip"
+            f"while read -r skip count; do dd if={quoted(self._path)} bs={SEGMENT_BYTES} skip=$skip"
             f" count=$count 2>/dev/null; done | {self._connection.sha256_command}"
         )
 
@@ -2606,29 +2670,8 @@ class _GrowingCheck(_CommandCheck):
         return super().result(size)
 
     def _ask(self, segments: int) -> None:
-        with ssh_errors(self._connection):
-            self._channel.sendall(b"%d %d\n" % (self._asked, segments - self._asked))
+        self._input.put(b"%d %d\n" % (self._asked, segments - self._asked))
         self._asked = segments
-
-
-@contextlib.contextmanager
-def sftp_errors(store: SSHStore, path: str) -> Iterator[None]:
-    """Translate what an SFTP operation on `path` raises."""
-    shown = f"{printable(path)} on {store.name}"
-    try:
-        with ssh_errors(store.connection):
-            try:
-                yield
-            except FileNotFoundError as error:
-                raise NotFoundError(f"{shown} does not exist", list_hint(path)) from error
-            except PermissionError as error:
-                raise AccessError(f"{shown}: permission denied", "choose another --path") from error
-            except OSError as error:
-                if error.errno is not None or str(error) == "Socket is closed":
-                    raise
-                raise TransferError(f"{shown}: the server answers: {printable(error)}", SAME_COMMAND) from error
-    except UnicodeError as error:
-        raise TransferError(f"{shown}: a name that is not UTF-8 cannot be handled over SFTP") from error
 
 
 def list_hint(path: str) -> str:
@@ -2641,173 +2684,327 @@ class NoSFTPError(AccessError):
     """The server has no SFTP subsystem."""
 
 
-class NoExtensionError(AccessError):
-    """The SFTP server lacks an extension."""
-
-
 class SFTPStore(SSHStore):
     """A server with the SFTP subsystem: ranges, several channels, no command needed."""
 
     def __init__(self, connection: SSHConnection) -> None:
-        self._paramiko = connection._paramiko
-        with ssh_errors(connection):
-            started = time.monotonic()
-            channel = connection.open_session(connection.settings.timeout)
-            near = time.monotonic() - started < 0.005
-            super().__init__(connection, streams=2 if near else 8)
-            try:
-                channel.invoke_subsystem("sftp")
-            except self._paramiko.SSHException as error:
-                raise NoSFTPError(f"{self.name} has no SFTP subsystem") from error
-            self._sftp: paramiko.SFTPClient = self._paramiko.SFTPClient(channel)
-        self.step = self._largest_write()
+        started = time.monotonic()
+        channel = connection.open_session(connection.settings.timeout, _SFTPChannel.WINDOW_BYTES)
+        near = time.monotonic() - started < 0.005
+        super().__init__(connection, streams=2 if near else 8)
+        self._control = _SFTPChannel(connection, channel)
+        self._warm: list[Future[_SFTPChannel]] = []
+        connection.make_room = self._give_up_a_lane
 
-    def _largest_write(self) -> int:
-        """Bytes a request may carry; 32 KiB is what every server takes (draft-ietf-secsh-filexfer)."""
+    def get_ready(self) -> None:
+        super().get_ready()
+        pool = ThreadPoolExecutor(self.streams)
+        self._warm = [pool.submit(_SFTPChannel, self.connection) for _ in range(self.streams)]
+        pool.shutdown(wait=False)
+
+    def _give_up_a_lane(self) -> None:
+        while self._warm:
+            with contextlib.suppress(NoMoreSessionsError, IndexError):
+                return self._warm.pop().result().close()
+
+    def lane(self, path: str, writing: bool) -> Lane:
         try:
-            _, read, write, _ = self._extended("limits@openssh.com", 4)
-        except NoExtensionError:
-            return 32 * KIB
-        return max(32 * KIB, min(read, write, SFTP_REQUEST_BYTES))
+            channel = self._warm.pop().result()
+        except IndexError:
+            channel = _SFTPChannel(self.connection)
+        return _SFTPLane(channel, path, writing)
 
-    def _extended(self, name: str, numbers: int, *arguments: bytes) -> list[int]:
-        """Ask an extension that answers with 64-bit numbers; OSError: the server lacks it."""
-        with ssh_errors(self.connection):
-            try:
-                request = self._sftp._request  # type: ignore[attr-defined]  # no public way to ask
-                _, message = request(self._paramiko.sftp.CMD_EXTENDED, name, *arguments)
-                return [message.get_int64() for _ in range(numbers)]
-            except OSError as error:
-                raise NoExtensionError(name) from error
-
-    def info(self, path: str) -> FileInfo | None:
-        with contextlib.suppress(NotFoundError), sftp_errors(self, path):
-            return _file_info(path, self._sftp.stat(os.fsencode(path)))
-        return None
+    def infos(self, *paths: str) -> list[FileInfo | None]:
+        control = self._control
+        requests = [control.request(SFTP.STAT, control.string(path)) for path in paths]
+        found: list[FileInfo | None] = []
+        for path, _ in zip(paths, requests, strict=True):
+            kind, answer = control.answer()
+            if kind == SFTP.STATUS and answer.status() == SFTP.NO_SUCH_FILE:
+                found.append(None)
+            else:
+                found.append(control.expect(SFTP.ATTRS, kind, answer, path).file_info(path))
+        return found
 
     def entries(self, folder: str) -> list[FileInfo]:
-        with sftp_errors(self, folder):
-            found = self._sftp.listdir_attr(os.fsencode(folder))  # type: ignore[arg-type]
-        names = [entry.filename for entry in found]
-        if hostile := next((name for name in names if "/" in name or "\0" in name), None):
-            raise IntegrityError(f"{self.name} lists a hostile file name: {printable(hostile)!r}")
-        links = (stat.S_ISLNK(entry.st_mode or 0) for entry in found)
-        paths = (posixpath.join(folder, name) if folder != "." else name for name in names)
-        infos = (
-            self.info(path) if link else _file_info(path, entry)
-            for path, entry, link in zip(paths, found, links, strict=True)
-        )
-        return [info for info in infos if info is not None]
+        control = self._control
+        handle = control.ask(SFTP.OPENDIR, control.string(folder), SFTP.HANDLE, folder).rest()
+        infos: list[FileInfo] = []
+        links: list[str] = []
+        while True:
+            control.request(SFTP.READDIR, handle)
+            kind, answer = control.answer()
+            if kind == SFTP.STATUS and answer.status() == SFTP.EOF:
+                break
+            answer = control.expect(SFTP.NAME, kind, answer, folder)
+            for _ in range(answer.number()):
+                name, _ = os.fsdecode(answer.string()), answer.string()
+                info = answer.file_info(posixpath.join(folder, name) if folder != "." else name)
+                if "/" in name or "\0" in name:
+                    raise IntegrityError(f"{self.name} lists a hostile file name: {printable(name)!r}")
+                if name not in (".", ".."):
+                    (links if answer.is_link else infos).append(info.path if answer.is_link else info)  # type: ignore[arg-type]
+        control.ask(SFTP.CLOSE, handle, SFTP.STATUS, folder)
+        return infos + [info for info in self.infos(*links) if info is not None]
 
     def make_folder(self, folder: str) -> None:
-        info = self.info(folder)
+        control = self._control
+        (info,) = self.infos(folder)
         if info is None:
             if above := posixpath.dirname(folder.rstrip("/")):
                 self.make_folder(above)
-            with sftp_errors(self, folder):
-                self._sftp.mkdir(os.fsencode(folder))
+            no_attributes = struct.pack(">I", 0)
+            control.ask(SFTP.MKDIR, control.string(folder) + no_attributes, SFTP.STATUS, folder)
         elif not info.is_folder:
             raise UsageError(f"{printable(folder)} on {self.name} is not a folder", "choose another --path")
 
     def free_bytes(self, folder: str) -> int | None:
-        try:
-            _, unit, _, _, free, *_ = self._extended("statvfs@openssh.com", 11, os.fsencode(folder))
-        except NoExtensionError:
+        control = self._control
+        if b"statvfs@openssh.com" not in control.extensions:
             return None
+        request = control.string("statvfs@openssh.com") + control.string(folder)
+        _, unit, _, _, free, *_ = control.ask(SFTP.EXTENDED, request, SFTP.EXTENDED_REPLY, folder).longs(11)
         return unit * free
 
-    def lane(self, path: str, writing: bool) -> Lane:
-        return _SFTPLane(self, path, writing)
-
     def truncate(self, path: str, size: int) -> None:
-        with sftp_errors(self, path):
-            self._sftp.truncate(os.fsencode(path), size)
+        control = self._control
+        attributes = struct.pack(">IQ", SFTP.ATTR_SIZE, size)
+        control.ask(SFTP.SETSTAT, control.string(path) + attributes, SFTP.STATUS, path)
 
     def replace(self, part: str, target: str) -> None:
-        old, new = os.fsencode(part), os.fsencode(target)
-        with sftp_errors(self, target):
+        control = self._control
+        names = control.string(part) + control.string(target)
+        if b"posix-rename@openssh.com" in control.extensions:
+            request = control.string("posix-rename@openssh.com") + names
+            control.ask(SFTP.EXTENDED, request, SFTP.STATUS, target)
+            return
+        if self.info(target) is not None:  # plain SFTP renames onto nothing only
+            control.ask(SFTP.REMOVE, control.string(target), SFTP.STATUS, target)
+        control.ask(SFTP.RENAME, names, SFTP.STATUS, target)
+
+
+class SFTP:
+    """Numbers of SFTP version 3 (draft-ietf-secsh-filexfer-02)."""
+
+    INIT, VERSION, OPEN, CLOSE, READ, WRITE = 1, 2, 3, 4, 5, 6
+    SETSTAT, OPENDIR, READDIR, REMOVE, MKDIR, STAT, RENAME = 9, 11, 12, 13, 14, 17, 18
+    STATUS, HANDLE, DATA, NAME, ATTRS, EXTENDED, EXTENDED_REPLY = 101, 102, 103, 104, 105, 200, 201
+    EOF, NO_SUCH_FILE, PERMISSION_DENIED = 1, 2, 3
+    OPEN_READ, OPEN_WRITE_CREATE = 0x01, 0x02 | 0x08
+    ATTR_SIZE, ATTR_OWNER, ATTR_MODE, ATTR_TIMES = 0x01, 0x02, 0x04, 0x08
+
+
+class _Answer:
+    """The payload of an SFTP packet, read field by field."""
+
+    is_link = False
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    def _take(self, layout: str) -> tuple[int, ...]:
+        fields = struct.unpack_from(layout, self._data, self._at)
+        self._at += struct.calcsize(layout)
+        return fields
+
+    def number(self) -> int:
+        return self._take(">I")[0]
+
+    def longs(self, count: int) -> tuple[int, ...]:
+        return self._take(f">{count}Q")
+
+    def string(self) -> bytes:
+        length = self.number()
+        self._at += length
+        return self._data[self._at - length : self._at]
+
+    def rest(self) -> bytes:
+        return self._data[self._at :]
+
+    def status(self) -> int:
+        return int(struct.unpack_from(">I", self._data, self._at)[0])
+
+    def file_info(self, path: str) -> FileInfo:
+        flags = self.number()
+        size = self.longs(1)[0] if flags & SFTP.ATTR_SIZE else 0
+        self._at += 8 if flags & SFTP.ATTR_OWNER else 0
+        mode = self.number() if flags & SFTP.ATTR_MODE else 0
+        _, mtime = self._take(">II") if flags & SFTP.ATTR_TIMES else (0, 0)
+        for _ in range(2 * self.number() if flags & 0x80000000 else 0):
+            self.string()
+        self.is_link = stat.S_ISLNK(mode)
+        return FileInfo(path, size, mtime, stat.S_ISDIR(mode))
+
+
+class _SFTPChannel:
+    """One channel that speaks SFTP version 3, with as many requests under way as one likes.
+
+    paramiko's own client waits for each answer and sends 32 KiB at a time; here requests are as
+    large as the server allows, and follow each other without waiting.
+    """
+
+    WINDOW_BYTES = 32 * MIB
+    SSH_PACKET_BYTES = 32 * KIB - 64
+
+    def __init__(self, connection: SSHConnection, channel: paramiko.Channel | None = None) -> None:
+        self.connection = connection
+        self._channel = channel or connection.open_session(connection.settings.timeout, self.WINDOW_BYTES)
+        self._channel.in_buffer = _ChunkPipe()  # type: ignore[assignment]
+        self._received = memoryview(b"")
+        self._last_id = 0
+        with ssh_errors(connection):
             try:
-                self._sftp.posix_rename(old, new)
-            except OSError as error:
-                if error.errno is not None:
+                self._channel.invoke_subsystem("sftp")
+            except connection.paramiko.SSHException as error:
+                if not connection.transport.is_active():
                     raise
-                # Version 3 of the protocol renames onto nothing only.
-                with contextlib.suppress(FileNotFoundError):
-                    self._sftp.remove(new)
-                self._sftp.rename(old, new)
+                raise NoSFTPError(f"{connection.name} has no SFTP subsystem") from error
+        self._send(struct.pack(">IBI", 5, SFTP.INIT, 3))
+        self.extensions = self.read(self.header()[0])
+        # 32 KiB is what every server takes; OpenSSH names its limits extension since it takes 255.
+        large = b"limits@openssh.com" in self.extensions
+        self.step = SFTP_REQUEST_BYTES if large else 32 * KIB
 
+    @staticmethod
+    def string(text: str | bytes) -> bytes:
+        data = os.fsencode(text)
+        return struct.pack(">I", len(data)) + data
 
-def _file_info(path: str, attributes: paramiko.SFTPAttributes) -> FileInfo:
-    is_folder = stat.S_ISDIR(attributes.st_mode or 0)
-    return FileInfo(path, attributes.st_size or 0, attributes.st_mtime or 0, is_folder)
+    def request(self, kind: int, payload: bytes) -> int:
+        """Send a request and return its number, without waiting."""
+        self._last_id = (self._last_id + 1) & 0xFFFFFFFF
+        self._send(struct.pack(">IBI", len(payload) + 5, kind, self._last_id) + payload)
+        return self._last_id
+
+    def answer(self) -> tuple[int, _Answer]:
+        """The next packet: its kind, and what follows the request's number."""
+        length, kind = self.header()
+        return kind, _Answer(self.read(length)[4:])
+
+    def ask(self, kind: int, payload: bytes, expected: int, path: str) -> _Answer:
+        """A request about `path` that is answered before anything else happens."""
+        self.request(kind, payload)
+        return self.expect(expected, *self.answer(), path)
+
+    def expect(self, expected: int, kind: int, answer: _Answer, path: str) -> _Answer:
+        """The answer, if it is of the expected kind and no failure; else its error."""
+        if kind == SFTP.STATUS and (expected != SFTP.STATUS or answer.status() != 0):
+            raise self.error(answer, path)
+        if kind != expected:
+            raise TransferError(f"{self.connection.name} answers out of turn: {kind}", SAME_COMMAND)
+        return answer
+
+    def error(self, answer: _Answer, path: str) -> CloudError:
+        """What a status answer means for `path`."""
+        status, text = answer.number(), printable(answer.string())
+        shown = f"{printable(path)} on {self.connection.name}"
+        if status == SFTP.EOF:
+            return IntegrityError(f"{shown} became shorter while it was read", SAME_COMMAND)
+        if status == SFTP.NO_SUCH_FILE:
+            return NotFoundError(f"{shown} does not exist", list_hint(path))
+        if status == SFTP.PERMISSION_DENIED:
+            return AccessError(f"{shown}: permission denied", "choose another --path, or check the rights there")
+        return TransferError(f"{shown}: the server answers: {text}", SAME_COMMAND)
+
+    def header(self) -> tuple[int, int]:
+        """Length of the rest, and kind, of the next packet."""
+        length, kind = struct.unpack(">IB", self.read(5))
+        return length - 1, kind
+
+    def number(self) -> int:
+        """A 32-bit number of the packet that is being read."""
+        return int(struct.unpack(">I", self.read(4))[0])
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill `buffer` from the packet that is being read."""
+        filled = 0
+        while filled < len(buffer):
+            piece = self._read_some(len(buffer) - filled)
+            buffer[filled : filled + len(piece)] = piece
+            filled += len(piece)
+
+    def has_answers(self) -> bool:
+        """Whether reading would not wait."""
+        return bool(self._received) or self._channel.recv_ready()
+
+    def close(self) -> None:
+        """Close it in the thread that used it.
+
+        A channel that the garbage collector closes inside paramiko's own thread during a key
+        exchange blocks the connection for 30 seconds.
+        """
+        with contextlib.suppress(Exception):
+            self._channel.close()
+
+    def _send(self, packet: bytes) -> None:
+        with ssh_errors(self.connection):
+            # Cut here to what one SSH packet takes: paramiko would copy the rest at each cut.
+            for start in range(0, len(packet), self.SSH_PACKET_BYTES):
+                self._channel.sendall(packet[start : start + self.SSH_PACKET_BYTES])
+
+    def read(self, count: int) -> bytes:
+        """Exactly `count` bytes of the packet that is being read."""
+        data = bytes(self._read_some(count))
+        while len(data) < count:
+            data += self._read_some(count - len(data))
+        return data
+
+    def _read_some(self, most: int) -> memoryview:
+        """At least one byte and at most `most`, as they came: nothing is copied."""
+        if not self._received:
+            with ssh_errors(self.connection):
+                self._received = memoryview(self._channel.recv(most))
+            if not self._received:
+                raise self.connection.lost()
+        data, self._received = self._received[:most], self._received[most:]
+        return data
 
 
 class _SFTPLane:
-    """One SFTP channel with one open file and many requests under way (SFTP version 3).
+    """One SFTP channel with one open file."""
 
-    paramiko's own file object sends 32 KiB requests and waits for each segment's answers; here a
-    request is as large as the server allows, and the next segment's requests follow while the
-    last one's answers are still on their way.
-    """
-
-    INIT, VERSION, OPEN, READ, WRITE, STATUS, HANDLE, DATA = 1, 2, 3, 5, 6, 101, 102, 103
-    READ_FLAG, WRITE_FLAGS = 0x01, 0x02 | 0x08  # write, create; never truncate
     MAX_WAITING_BYTES = 8 * SEGMENT_BYTES
-    WINDOW_BYTES = 4 * MAX_WAITING_BYTES
-    SSH_PACKET_BYTES = 32 * KIB - 64
 
-    def __init__(self, store: SFTPStore, path: str, writing: bool) -> None:
-        self._store, self._path = store, path
-        self._connection = store.connection
-        self._last_id = 0
-        self._received = memoryview(b"")
-        self._data = memoryview(bytearray(0 if writing else store.step))  # reused: fresh memory is slow
-        with ssh_errors(self._connection):
-            timeout = self._connection.settings.timeout
-            self._channel = self._connection.open_session(timeout, self.WINDOW_BYTES)
-            self._channel.in_buffer = _ChunkPipe()  # type: ignore[assignment]
-            self._channel.invoke_subsystem("sftp")
-            self._channel.sendall(struct.pack(">IBI", 5, self.INIT, 3))
-            self._read_packet()
-            name, flags = os.fsencode(path), self.WRITE_FLAGS if writing else self.READ_FLAG
-            self._request(self.OPEN, _sftp_string(name) + struct.pack(">II", flags, 0))
-        kind, answer = self._read_packet()
-        if kind != self.HANDLE:
-            self._raise_status(answer)
-        self._handle = answer[4:]  # the length and the bytes, as every request repeats them
+    def __init__(self, channel: _SFTPChannel, path: str, writing: bool) -> None:
+        self._sftp, self._path = channel, path
+        self._limiter = channel.connection.limiter
+        # Reused: on many machines fresh memory costs more than the copy.
+        self._buffer = memoryview(bytearray(0 if writing else channel.step))
+        flags = SFTP.OPEN_WRITE_CREATE if writing else SFTP.OPEN_READ
+        request = channel.string(path) + struct.pack(">II", flags, 0)
+        self._handle = channel.ask(SFTP.OPEN, request, SFTP.HANDLE, path).rest()
 
     def send(self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance) -> None:
-        waiting: dict[int, tuple[int, int]] = {}  # request → segment, bytes
-        open_requests: dict[int, int] = {}  # segment → requests not answered yet
-        step = self._store.step
-        for index, data in segments:
-            starts = range(0, len(data), step)
-            open_requests[index] = len(starts)
-            for start in starts:
-                block = data[start : start + step]
-                self._connection.limiter.take(len(block))
-                offset = struct.pack(">QI", index * SEGMENT_BYTES + start, len(block))
-                waiting[self._request(self.WRITE, self._handle + offset + block)] = (index, len(block))
-                while self._channel.recv_ready() or len(waiting) * step > self.MAX_WAITING_BYTES:
-                    self._confirm(waiting, open_requests, arrived, advance)
+        waiting: dict[int, Span] = {}  # request → segment, bytes
+        unconfirmed: dict[int, int] = {}  # segment → bytes
+        sftp = self._sftp
+        for number, data in segments:
+            unconfirmed[number] = len(data)
+            for start in range(0, len(data), sftp.step):
+                block = data[start : start + sftp.step]
+                self._limiter.take(len(block))
+                head = struct.pack(">QI", number * SEGMENT_BYTES + start, len(block))
+                waiting[sftp.request(SFTP.WRITE, self._handle + head + block)] = Span(number, len(block))
+                while sftp.has_answers() or sum(unconfirmed.values()) > self.MAX_WAITING_BYTES:
+                    self._confirm(waiting, unconfirmed, arrived, advance)
         while waiting:
-            self._confirm(waiting, open_requests, arrived, advance)
+            self._confirm(waiting, unconfirmed, arrived, advance)
 
     def _confirm(
-        self, waiting: dict[int, tuple[int, int]], open_requests: dict[int, int],
+        self, waiting: dict[int, Span], unconfirmed: dict[int, int],
         arrived: Callable[[int], None], advance: Advance,
     ) -> None:  # fmt: skip
         """Take one answer to a write."""
-        kind, answer = self._read_packet()
-        request, status = struct.unpack_from(">II", answer)
-        if kind != self.STATUS or status != 0:
-            self._raise_status(answer)
-        index, count = waiting.pop(request)
+        length, kind = self._sftp.header()
+        request = self._sftp.number()
+        answer = _Answer(self._sftp.read(length - 4))
+        self._sftp.expect(SFTP.STATUS, kind, answer, self._path)
+        number, count = waiting.pop(request)
         advance(count)
-        open_requests[index] -= 1
-        if not open_requests[index]:
-            del open_requests[index]
-            arrived(index)
+        unconfirmed[number] -= count
+        if not unconfirmed[number]:
+            del unconfirmed[number]
+            arrived(number)
 
     def receive(self, spans: Iterable[Span], sink: Sink, advance: Advance) -> None:
         wanted = iter(spans)
@@ -2820,88 +3017,38 @@ class _SFTPLane:
             if not missing:
                 return
             offset, length = self._take_data(requests, sink, advance)
-            index = offset // SEGMENT_BYTES
-            missing[index] -= length
-            if not missing[index]:
-                del missing[index]
-                sink.arrived(index)
+            number = offset // SEGMENT_BYTES
+            missing[number] -= length
+            if not missing[number]:
+                del missing[number]
+                sink.arrived(number)
 
     def _request_reads(self, offset: int, length: int, requests: dict[int, Span]) -> None:
-        for at in range(offset, offset + length, self._store.step):
-            count = min(self._store.step, offset + length - at)
-            requests[self._request(self.READ, self._handle + struct.pack(">QI", at, count))] = Span(at, count)
+        for at in range(offset, offset + length, self._sftp.step):
+            count = min(self._sftp.step, offset + length - at)
+            head = struct.pack(">QI", at, count)
+            requests[self._sftp.request(SFTP.READ, self._handle + head)] = Span(at, count)
 
     def _take_data(self, requests: dict[int, Span], sink: Sink, advance: Advance) -> tuple[int, int]:
         """Pass one answer to a read on to `sink`; ask again for what a short answer left out."""
-        length, kind = struct.unpack(">IB", self._read(5))
-        if kind != self.DATA:
-            self._raise_status(self._read(length - 1))
-        request, length = struct.unpack(">II", self._read(8))
-        offset, wanted = requests.pop(request)
+        sftp = self._sftp
+        rest, kind = sftp.header()
+        offset, wanted = requests.pop(sftp.number())
+        if kind != SFTP.DATA:
+            sftp.expect(SFTP.DATA, kind, _Answer(sftp.read(rest - 4)), self._path)
+        length = sftp.number()
         if not 0 < length <= wanted:
-            raise self._connection.lost()
+            raise TransferError(f"{sftp.connection.name} sends {length} bytes for {wanted}", SAME_COMMAND)
+        self._limiter.take(length)
+        sftp.read_into(self._buffer[:length])
         if length < wanted:
             self._request_reads(offset + length, wanted - length, requests)
-        self._connection.limiter.take(length)
-        filled = 0
-        while filled < length:
-            piece = self._read_some(length - filled)
-            self._data[filled : filled + len(piece)] = piece
-            filled += len(piece)
-        sink.write(offset, self._data[:length])
+        sink.write(offset, self._buffer[:length])
         advance(length)
         return offset, length
 
     def close(self) -> None:
-        # Closed here, by the thread that used it: a channel that the garbage collector closes
-        # inside paramiko's own thread during a key exchange blocks the connection for 30 seconds.
-        with contextlib.suppress(Exception):
-            self._channel.close()
-
-    def _request(self, kind: int, payload: bytes | bytearray) -> int:
-        self._last_id = (self._last_id + 1) & 0xFFFFFFFF
-        packet = struct.pack(">IBI", len(payload) + 5, kind, self._last_id) + payload
-        with ssh_errors(self._connection):
-            # Cut here to what one SSH packet takes: paramiko would copy the rest at each cut.
-            for start in range(0, len(packet), self.SSH_PACKET_BYTES):
-                self._channel.sendall(packet[start : start + self.SSH_PACKET_BYTES])
-        return self._last_id
-
-    def _read_packet(self) -> tuple[int, bytes]:
-        length, kind = struct.unpack(">IB", self._read(5))
-        return kind, self._read(length - 1)
-
-    def _read(self, count: int) -> bytes:
-        data = bytes(self._read_some(count))
-        while len(data) < count:
-            data += self._read_some(count - len(data))
-        return data
-
-    def _read_some(self, most: int) -> memoryview:
-        """At least one byte and at most `most`, as they came: nothing is copied."""
-        if not self._received:
-            with ssh_errors(self._connection):
-                self._received = memoryview(self._channel.recv(most))
-            if not self._received:
-                raise self._connection.lost()
-        data, self._received = self._received[:most], self._received[most:]
-        return data
-
-    def _raise_status(self, answer: bytes) -> NoReturn:
-        _, status, length = struct.unpack_from(">III", answer)
-        text = printable(answer[12 : 12 + length])
-        shown = f"{printable(self._path)} on {self._store.name}"
-        if status == 1:  # SSH_FX_EOF
-            raise IntegrityError(f"{shown} became shorter while it was read", SAME_COMMAND)
-        if status == 2:  # SSH_FX_NO_SUCH_FILE
-            raise NotFoundError(f"{shown} does not exist", list_hint(self._path))
-        if status == 3:  # SSH_FX_PERMISSION_DENIED
-            raise AccessError(f"{shown}: permission denied", "choose another --path, or check the rights there")
-        raise TransferError(f"{shown}: the server answers: {text}", SAME_COMMAND)
-
-
-def _sftp_string(data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + data
+        self._sftp.close()
 
 
 class ShellStore(SSHStore):
@@ -2917,7 +3064,10 @@ class ShellStore(SSHStore):
         if not connection.sha256_command:
             raise AccessError(f"{self.name} offers neither SFTP nor the commands that scp needs")
 
-    def info(self, path: str) -> FileInfo | None:
+    def infos(self, *paths: str) -> list[FileInfo | None]:
+        return [self._look(path) for path in paths]
+
+    def _look(self, path: str) -> FileInfo | None:
         quoted_path = quoted(path)
         output = self.command(f"[ -e {quoted_path} ] || exit 0; {_stat_script(quoted_path)}", f"look at {printable(path)}")
         return _parse_stat(path, output.decode()) if output.strip() else None
@@ -3027,8 +3177,9 @@ def open_store(settings: SSHSettings, method: str) -> Store:
         try:
             return SFTPStore(connection)
         except NoSFTPError as error:
+            store = ShellStore(connection)
             log.warning("%s: using the old scp protocol", error)
-            return ShellStore(connection)
+            return store
     except BaseException:
         connection.close()
         raise
@@ -3353,21 +3504,10 @@ class PaperspaceUploader(_Paperspace):
     def _upload(self, store: Store, source: Source, target: str, send: Sender, extract: bool) -> Moved:
         if extract:
             store.require_unpacking()
-        same = _already_there(store, source, target) if isinstance(source, FileSource) else None
-        moved = same or deliver(store, source, target, self.progress, send)
+        moved = deliver(store, source, target, self.progress, send)
         if extract:
             store.unpack(target)
         return moved
-
-
-def _already_there(store: Store, source: FileSource, target: str) -> Moved | None:
-    """The stored file as an arrived one, when it has the source's size and content."""
-    info = store.info(target)
-    if info is None or info.is_folder or info.size != source.size or not store.can_hash:
-        return None
-    check = store.check(target)
-    digest = file_sha256(source.path)
-    return Moved(source.total, 0, digest, check.how) if check.result(source.total) == digest else None
 
 
 class PaperspaceDownloader(_Paperspace):

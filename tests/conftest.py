@@ -34,7 +34,7 @@ WORKSPACE_FILES = (
 OLD = 1_700_000_000
 HOSTILE_NAMES = (
     "with two  spaces.csv",
-    "it's \"quoted\".csv",
+    'it\'s "quoted".csv',
     "$(touch pwned) `id` ${HOME}.csv",
     "line\nbreak.csv",
     "carriage\rreturn.csv",
@@ -98,7 +98,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: content for name, content in tree(folder).items() if content is not None}
 
 
-def unpack_with_tar(archive: Path, into: Path, manifest: str = "training.sha256") -> dict[str, bytes]:
+def unpack_with_tar(
+    archive: Path, into: Path, manifest: str = "training.sha256"
+) -> dict[str, bytes]:
     """Unpack with plain tar, check with plain sha256sum; the files without the manifest."""
     into.mkdir(exist_ok=True)
     subprocess.run(["gzip", "-t"], stdin=archive.open("rb"), check=True)
@@ -118,7 +120,8 @@ def unpack_with_tar(archive: Path, into: Path, manifest: str = "training.sha256"
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the caller's settings, or writes into the caller's folder."""
-    for variable in [name for name in os.environ if name.startswith("PAPERSPACE_")]:
+    shells = ("PYTHONUNBUFFERED", "PYTHONIOENCODING", "NO_COLOR", "COLUMNS")
+    for variable in [name for name in os.environ if name.startswith(("PAPERSPACE_", *shells))]:
         monkeypatch.delenv(variable)
     monkeypatch.chdir(tmp_path)
 

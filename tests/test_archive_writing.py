@@ -271,9 +271,7 @@ def test_members_are_plain_files_below_workspace_with_the_manifest_last(workspac
 def test_members_carry_the_time_their_files_were_written(workspace: Path) -> None:
     found = {info.name: info.mtime for info in members(packed(everything(workspace)))}
     newest = found.pop("training.sha256")
-    assert found == {
-        file.name: file.mtime_ns // 10**9 for file in everything(workspace).files
-    }
+    assert found == {file.name: file.mtime_ns // 10**9 for file in everything(workspace).files}
     assert newest == max(found.values())
 
 
@@ -441,7 +439,9 @@ def test_an_existing_archive_is_replaced_only_at_the_end(workspace: Path, tmp_pa
     output = write_file(tmp_path / "out.tar.gz", b"the old archive")
     plan = everything(workspace)
     seen: list[bytes] = []
-    create_archive(plan, output, Once(lambda: seen.append(output.read_bytes()), plan.total_bytes - 1))
+    create_archive(
+        plan, output, Once(lambda: seen.append(output.read_bytes()), plan.total_bytes - 1)
+    )
     assert seen == [b"the old archive"]
     gzip.decompress(output.read_bytes())
 
@@ -556,7 +556,10 @@ def test_killed_in_the_middle_the_old_archive_stays(workspace: Path, tmp_path: P
 
 
 def test_too_little_room_is_only_a_warning_because_the_archive_is_smaller(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    workspace: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(cloud_services, "free_space", lambda path: 10)
     monkeypatch.setattr(cloud_services.log, "propagate", True)
@@ -586,7 +589,9 @@ def bare_commands(run: Run, tmp_path: Path) -> Path:
 
 def test_archive_commands_work_on_a_bare_python(workspace: Path, tmp_path: Path, run: Run) -> None:
     into = bare_commands(run, tmp_path)
-    assert unpack_with_tar(tmp_path / "out.tar.gz", tmp_path / "by tar").items() <= files(into).items()
+    assert (
+        unpack_with_tar(tmp_path / "out.tar.gz", tmp_path / "by tar").items() <= files(into).items()
+    )
     assert (into / "workspace" / TICK).read_bytes() == (workspace / TICK).read_bytes()
 
 

@@ -182,7 +182,9 @@ def test_planning_changes_nothing_and_sizes_are_those_on_disk(workspace: Path) -
     plan = plan_training(workspace, include_ticks=True, include_cache=True)
     assert tree(workspace) == before
     sizes = {file.name: file.size for file in plan.files}
-    assert sizes == {f"workspace/{n}": len(c) for n, c in before.items() if c and f"workspace/{n}" in sizes}
+    assert sizes == {
+        f"workspace/{n}": len(c) for n, c in before.items() if c and f"workspace/{n}" in sizes
+    }
     assert plan.total_bytes == sum(sizes.values())
 
 
@@ -316,7 +318,9 @@ def test_a_link_to_a_folder_does_not_bring_in_the_secrets_inside(
     assert reasons(plan)["raw_data/ticks/home/.netrc"].startswith("secret")
 
 
-@pytest.mark.parametrize("linked", ["prepared", "prepared/features", "prepared/features/gold_val.csv"])
+@pytest.mark.parametrize(
+    "linked", ["prepared", "prepared/features", "prepared/features/gold_val.csv"]
+)
 def test_a_feature_file_is_refused_when_a_link_leads_it_to_a_secret_place(
     workspace: Path, tmp_path: Path, linked: str
 ) -> None:
@@ -417,7 +421,9 @@ def test_exclude_can_be_repeated(workspace: Path) -> None:
     assert set(reasons(plan)) >= {"models/logs", "prepared/scalers/scaler.pkl"}
 
 
-@pytest.mark.parametrize("pattern", ["gold_val.csv", "*.csv", "features", "prepared/features", "prep*"])
+@pytest.mark.parametrize(
+    "pattern", ["gold_val.csv", "*.csv", "features", "prepared/features", "prep*"]
+)
 def test_excluding_a_mandatory_file_is_a_usage_error(workspace: Path, pattern: str) -> None:
     with pytest.raises(UsageError, match=r"gold_\w+\.csv is mandatory") as caught:
         plan_training(workspace, exclude=[pattern])
