@@ -278,7 +278,7 @@ class SSHSettings:
         default=None, repr=False, metadata={"variable": "PAPERSPACE_PASSPHRASE"}
     )
     streams: int | None = None
-    """Parallel SFTP channels; None: 2 on a near server, 8 on a far one."""
+    """Parallel SFTP channels; None: 2 on a near server, 9 on a far one."""
     limit_rate: int | None = None
     """Bytes per second, over all streams."""
     accept_new_host_key: bool = False
@@ -1744,14 +1744,14 @@ class _Outgoing(Iterator[Segment]):
             self.arrived(index)
 
 
-def send_segments(store: Store, source: Source, part: str, progress: Progress) -> Moved:
+def send_segments(store: Store, source: Source, part: str, held_bytes: int, progress: Progress) -> Moved:
     """Make `part` hold exactly the source's bytes, moving only segments it does not hold yet.
 
-    Raises IntegrityError when the stored content differs in the end.
+    It holds `held_bytes` bytes, right or wrong, from a run before. Raises IntegrityError when the
+    stored content differs in the end.
     """
     check = store.check(part, growing=True)
-    before = store.info(part)
-    held = store.digests(part, before.size) if before else []
+    held = store.digests(part, held_bytes) if held_bytes else []
     advance: Advance = progress.advance if source.size is not None else lambda count: None
     if source.size is not None:
         progress.begin("sending", source.total)
@@ -1762,7 +1762,7 @@ def send_segments(store: Store, source: Source, part: str, progress: Progress) -
             lambda: store.lane(part, writing=True), store.streams, outgoing,
             lambda lane, jobs: lane.send(jobs, outgoing.arrived, advance),
         )  # fmt: skip
-        if before and before.size > outgoing.size:
+        if held_bytes > outgoing.size:
             store.truncate(part, outgoing.size)
     finally:
         blocks.close()  # type: ignore[attr-defined]  # sources are generators
@@ -1970,17 +1970,18 @@ def deliver(store: Store, source: Source, target: str, progress: Progress, send:
     store.get_ready()
     folder = posixpath.dirname(target)
     part = posixpath.join(folder, source.part_name)
-    existing, started = store.infos(target, part)
+    existing, started, there = store.infos(target, part, folder or ".")
     if existing and existing.is_folder:
         raise UsageError(f"{printable(target)} on {store.name} is a folder")
     if same := _already_there(store, source, existing):
         return same
-    if folder and not (existing or started):
+    if not (there and there.is_folder):
         store.make_folder(folder)
-    missing = None if source.size is None else source.size - (started.size if started else 0)
+    held = started.size if started else 0
+    missing = None if source.size is None else source.size - held
     require_space(store.free_bytes(folder or "."), missing, f"{folder or '.'} on {store.name}")
     try:
-        moved = send(store, source, part, progress)
+        moved = send(store, source, part, held, progress)
     except LinkLostError:
         raise
     except TransferError as error:
@@ -2036,7 +2037,7 @@ def _already_here(store: Store, remote: FileInfo, target: Path) -> Moved | None:
     return Moved(remote.size, 0, digest, check.how) if check.result(remote.size) == digest else None
 
 
-Sender = Callable[[Store, Source, str, Progress], Moved]
+Sender = Callable[[Store, Source, str, int, Progress], Moved]
 Fetcher = Callable[[Store, FileInfo, Path, Progress], Moved]
 
 
@@ -2691,31 +2692,48 @@ class SFTPStore(SSHStore):
         started = time.monotonic()
         channel = connection.open_session(connection.settings.timeout, _SFTPChannel.WINDOW_BYTES)
         near = time.monotonic() - started < 0.005
-        super().__init__(connection, streams=2 if near else 8)
+        super().__init__(connection, streams=2 if near else 9)
         self._control = _SFTPChannel(connection, channel)
-        self._warm: list[Future[_SFTPChannel]] = []
+        self._control_is_free = True
+        self._standby: list[Future[_SFTPChannel]] = []
+        self._lock = threading.Lock()
         connection.make_room = self._give_up_a_lane
+
+    @property
+    def control(self) -> _SFTPChannel:
+        """The channel for everything but content; a new one when a lane on it has failed."""
+        if self._control.closed:
+            self._control = _SFTPChannel(self.connection)
+        return self._control
 
     def get_ready(self) -> None:
         super().get_ready()
         pool = ThreadPoolExecutor(self.streams)
-        self._warm = [pool.submit(_SFTPChannel, self.connection) for _ in range(self.streams)]
+        while len(self._standby) < self.streams - 1:
+            self._standby.append(pool.submit(_SFTPChannel, self.connection))
         pool.shutdown(wait=False)
 
     def _give_up_a_lane(self) -> None:
-        while self._warm:
+        while self._standby:
             with contextlib.suppress(NoMoreSessionsError, IndexError):
-                return self._warm.pop().result().close()
+                return self._standby.pop().result().close()
 
     def lane(self, path: str, writing: bool) -> Lane:
-        try:
-            channel = self._warm.pop().result()
-        except IndexError:
-            channel = _SFTPChannel(self.connection)
+        """The last lane shares the control channel: a server grants ten sessions (MaxSessions)."""
+        with self._lock:
+            standby = self._standby.pop() if self._standby else None
+            shared = standby is None and self._control_is_free
+            self._control_is_free = self._control_is_free and not shared
+        if shared:
+            return _SFTPLane(self.control, path, writing, self._control_came_back)
+        channel = standby.result() if standby else _SFTPChannel(self.connection)
         return _SFTPLane(channel, path, writing)
 
+    def _control_came_back(self) -> None:
+        self._control_is_free = True
+
     def infos(self, *paths: str) -> list[FileInfo | None]:
-        control = self._control
+        control = self.control
         requests = [control.request(SFTP.STAT, control.string(path)) for path in paths]
         found: list[FileInfo | None] = []
         for path, _ in zip(paths, requests, strict=True):
@@ -2727,7 +2745,7 @@ class SFTPStore(SSHStore):
         return found
 
     def entries(self, folder: str) -> list[FileInfo]:
-        control = self._control
+        control = self.control
         handle = control.ask(SFTP.OPENDIR, control.string(folder), SFTP.HANDLE, folder).rest()
         infos: list[FileInfo] = []
         links: list[str] = []
@@ -2748,7 +2766,7 @@ class SFTPStore(SSHStore):
         return infos + [info for info in self.infos(*links) if info is not None]
 
     def make_folder(self, folder: str) -> None:
-        control = self._control
+        control = self.control
         (info,) = self.infos(folder)
         if info is None:
             if above := posixpath.dirname(folder.rstrip("/")):
@@ -2759,7 +2777,7 @@ class SFTPStore(SSHStore):
             raise UsageError(f"{printable(folder)} on {self.name} is not a folder", "choose another --path")
 
     def free_bytes(self, folder: str) -> int | None:
-        control = self._control
+        control = self.control
         if b"statvfs@openssh.com" not in control.extensions:
             return None
         request = control.string("statvfs@openssh.com") + control.string(folder)
@@ -2767,12 +2785,12 @@ class SFTPStore(SSHStore):
         return unit * free
 
     def truncate(self, path: str, size: int) -> None:
-        control = self._control
+        control = self.control
         attributes = struct.pack(">IQ", SFTP.ATTR_SIZE, size)
         control.ask(SFTP.SETSTAT, control.string(path) + attributes, SFTP.STATUS, path)
 
     def replace(self, part: str, target: str) -> None:
-        control = self._control
+        control = self.control
         names = control.string(part) + control.string(target)
         if b"posix-rename@openssh.com" in control.extensions:
             request = control.string("posix-rename@openssh.com") + names
@@ -2852,6 +2870,7 @@ class _SFTPChannel:
         self._channel.in_buffer = _ChunkPipe()  # type: ignore[assignment]
         self._received = memoryview(b"")
         self._last_id = 0
+        self.closed = False
         with ssh_errors(connection):
             try:
                 self._channel.invoke_subsystem("sftp")
@@ -2933,6 +2952,7 @@ class _SFTPChannel:
         A channel that the garbage collector closes inside paramiko's own thread during a key
         exchange blocks the connection for 30 seconds.
         """
+        self.closed = True
         with contextlib.suppress(Exception):
             self._channel.close()
 
@@ -2965,8 +2985,11 @@ class _SFTPLane:
 
     MAX_WAITING_BYTES = 8 * SEGMENT_BYTES
 
-    def __init__(self, channel: _SFTPChannel, path: str, writing: bool) -> None:
-        self._sftp, self._path = channel, path
+    def __init__(
+        self, channel: _SFTPChannel, path: str, writing: bool, give_back: Callable[[], None] | None = None
+    ) -> None:
+        self._sftp, self._path, self._give_back = channel, path, give_back
+        self._idle = True
         self._limiter = channel.connection.limiter
         # Reused: on many machines fresh memory costs more than the copy.
         self._buffer = memoryview(bytearray(0 if writing else channel.step))
@@ -2977,7 +3000,7 @@ class _SFTPLane:
     def send(self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance) -> None:
         waiting: dict[int, Span] = {}  # request → segment, bytes
         unconfirmed: dict[int, int] = {}  # segment → bytes
-        sftp = self._sftp
+        sftp, self._idle = self._sftp, False
         for number, data in segments:
             unconfirmed[number] = len(data)
             for start in range(0, len(data), sftp.step):
@@ -2989,6 +3012,7 @@ class _SFTPLane:
                     self._confirm(waiting, unconfirmed, arrived, advance)
         while waiting:
             self._confirm(waiting, unconfirmed, arrived, advance)
+        self._idle = True
 
     def _confirm(
         self, waiting: dict[int, Span], unconfirmed: dict[int, int],
@@ -3010,18 +3034,20 @@ class _SFTPLane:
         wanted = iter(spans)
         requests: dict[int, Span] = {}  # request → offset in the file, bytes
         missing: dict[int, int] = {}  # segment → bytes that have not come yet
+        self._idle = False
         while True:
             while sum(missing.values()) < self.MAX_WAITING_BYTES and (span := next(wanted, None)):
                 missing[span.number] = span.length
                 self._request_reads(span.number * SEGMENT_BYTES, span.length, requests)
             if not missing:
-                return
+                break
             offset, length = self._take_data(requests, sink, advance)
             number = offset // SEGMENT_BYTES
             missing[number] -= length
             if not missing[number]:
                 del missing[number]
                 sink.arrived(number)
+        self._idle = True
 
     def _request_reads(self, offset: int, length: int, requests: dict[int, Span]) -> None:
         for at in range(offset, offset + length, self._sftp.step):
@@ -3048,7 +3074,12 @@ class _SFTPLane:
         return offset, length
 
     def close(self) -> None:
-        self._sftp.close()
+        if self._give_back is None or not self._idle:
+            self._sftp.close()
+        else:
+            self._sftp.ask(SFTP.CLOSE, self._handle, SFTP.STATUS, self._path)
+        if self._give_back is not None:
+            self._give_back()
 
 
 class ShellStore(SSHStore):
@@ -3188,7 +3219,7 @@ def open_store(settings: SSHSettings, method: str) -> Store:
 # ── rsync ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def rsync_send(store: Store, source: Source, part: str, progress: Progress) -> Moved:
+def rsync_send(store: Store, source: Source, part: str, held_bytes: int, progress: Progress) -> Moved:
     """The counterpart of send_segments: the system's rsync over the system's ssh."""
     if not isinstance(store, SSHStore) or not isinstance(source, FileSource):
         raise UsageError("rsync sends a file to a server; for a folder here use --method local")
@@ -3868,7 +3899,7 @@ CONNECTION = (
     Argument("--timeout", type=_checked(_seconds), metavar="SECONDS", help="silence after which the link is dead (default: 60)"),
 )  # fmt: skip
 TUNING = (
-    Argument("--streams", type=_checked(_positive), metavar="N", help="parallel SFTP channels (default: 2 on a near server, 8 on a far one)"),
+    Argument("--streams", type=_checked(_positive), metavar="N", help="parallel SFTP channels (default: 2 on a near server, 9 on a far one)"),
     Argument("--limit-rate", type=_checked(parse_size), metavar="RATE", help="at most this many bytes per second, such as 20M"),
 )  # fmt: skip
 METHOD = Argument(

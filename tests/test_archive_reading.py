@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import os
 import signal
 import socket
@@ -13,8 +12,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -49,6 +48,9 @@ from tests.conftest import (
     tree,
     write_file,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 Entry = tuple[tarfile.TarInfo, bytes]
 
@@ -329,7 +331,7 @@ def test_a_tar_without_gzip_is_refused(tmp_path: Path, into: Path) -> None:
     refused(write_file(tmp_path / "a.tar.gz", tar_bytes(*good_entries())), into)
 
 
-def harmless_or_refused(content: bytes, expected: dict[str, bytes], start: bytes) -> None:
+def harmless_or_refused(content: bytes, expected: dict[str, bytes]) -> None:
     """What cannot be noticed must not matter; what is noticed leaves nothing behind."""
     with tempfile.TemporaryDirectory() as name:
         into = Path(name, "into")
@@ -337,17 +339,17 @@ def harmless_or_refused(content: bytes, expected: dict[str, bytes], start: bytes
         archive = write_file(Path(name, "a.tar.gz"), content)
         try:
             extract_archive(archive, into)
-        except IntegrityError as error:
-            assert "a.tar.gz" in str(error)
+        except IntegrityError:
             assert tree(Path(name)) == {"a.tar.gz": content, "into": None}
         else:
             assert files(into) == expected
-            assert content.startswith(start)
 
 
 GOOD = {info.name: content for info, content in good_entries()}
 GOOD_TAR = tar_bytes(*good_entries())
 GOOD_GZIP = gzip.compress(GOOD_TAR, mtime=0)
+NOISE = b"".join(hashlib.sha256(bytes([n])).digest() for n in range(64))
+BARE_GZIP = gzip.compress(tar_bytes(entry("noise", NOISE)), mtime=0)
 
 
 @both_engines
@@ -355,9 +357,15 @@ GOOD_GZIP = gzip.compress(GOOD_TAR, mtime=0)
 def test_a_flipped_bit_in_the_gzip_is_noticed(bit: int) -> None:
     content = bytearray(GOOD_GZIP)
     content[bit // 8] ^= 1 << bit % 8
-    # only gzip's header has bytes that mean nothing: a time, a system, flags
-    start = GOOD_GZIP[:3] if bit < 80 else b"never"
-    harmless_or_refused(bytes(content), GOOD, start)
+    harmless_or_refused(bytes(content), GOOD)
+
+
+@both_engines
+@given(st.integers(0, 8 * len(BARE_GZIP) - 1))
+def test_without_a_manifest_the_checksum_of_gzip_notices_a_flipped_bit(bit: int) -> None:
+    content = bytearray(BARE_GZIP)
+    content[bit // 8] ^= 1 << bit % 8
+    harmless_or_refused(bytes(content), {"noise": NOISE})
 
 
 @both_engines
@@ -365,7 +373,17 @@ def test_a_flipped_bit_in_the_gzip_is_noticed(bit: int) -> None:
 def test_a_flipped_bit_inside_the_tar_is_noticed(bit: int) -> None:
     content = bytearray(GOOD_TAR)
     content[bit // 8] ^= 1 << bit % 8
-    harmless_or_refused(gzip.compress(bytes(content)), GOOD, b"")
+    harmless_or_refused(gzip.compress(bytes(content)), GOOD)
+
+
+@both_engines
+@pytest.mark.parametrize("place", [-8, -4, len(BARE_GZIP) // 2])
+def test_a_wrong_checksum_a_wrong_length_and_wrong_content_are_refused(
+    tmp_path: Path, into: Path, place: int
+) -> None:
+    content = bytearray(BARE_GZIP)
+    content[place] ^= 1
+    refused(write_file(tmp_path / "a.tar.gz", bytes(content)), into, match="truncated or altered")
 
 
 @pytest.mark.parametrize("place", [b"aaa", b"ccc", b"workspace/b", b"ustar"])
@@ -516,7 +534,7 @@ def test_sparse_files_links_pipes_and_sockets_of_real_tar_are_refused(
         listener.bind("socket")
     archive = tmp_path / "a.tar.gz"
     for members in (["sparse"], ["soft"], ["real", "hard"], ["pipe"]):
-        make = ["tar", "--sparse", f"--format={tar_format}", "-czf", archive, *members]
+        make = ["tar", "--sparse", f"--format={tar_format}", "-czf", str(archive), *members]
         subprocess.run(make, check=True, cwd=source)
         refused(archive, into, match="neither a regular file nor a folder")
 
@@ -531,8 +549,10 @@ def raw_header(info: tarfile.TarInfo, fields: dict[int, bytes]) -> bytes:
     return bytes(header)
 
 
-FIELDS = {"mode": (100, 8), "uid": (108, 8), "size": (124, 12), "mtime": (136, 12),
-          "type": (156, 1), "linkname": (157, 100), "magic": (257, 8), "prefix": (345, 155)}  # fmt: skip
+FIELDS = {
+    "mode": (100, 8), "uid": (108, 8), "size": (124, 12), "mtime": (136, 12), "type": (156, 1),
+    "linkname": (157, 100), "magic": (257, 8), "prefix": (345, 155),
+}  # fmt: skip
 
 
 @given(st.dictionaries(st.sampled_from(sorted(FIELDS)), st.binary(min_size=1, max_size=12)))
@@ -549,7 +569,7 @@ def test_no_header_whatsoever_does_more_than_be_refused(fields: dict[str, bytes]
             extract_archive(archive, into)
         except CloudError:
             assert tree(into) == {}
-        assert set(os.listdir(name)) == {"a.tar.gz", "into"}
+        assert {path.name for path in Path(name).iterdir()} == {"a.tar.gz", "into"}
 
 
 @pytest.mark.parametrize(
@@ -654,7 +674,7 @@ def test_a_component_too_long_for_the_disk_is_refused(tmp_path: Path, into: Path
     name = b"workspace/" + b"n" * 256 + b"\0"
     long_name = entry("././@LongLink", name, type=tarfile.GNUTYPE_LONGNAME)
     archive = archive_of(tmp_path / "a.tar.gz", entry("first"), long_name, entry("cut"))
-    with pytest.raises(CloudError, match="too long|refused"):
+    with pytest.raises(CloudError, match=r"too long|refused"):
         extract_archive(archive, into)
     assert tree(into) == {}
 
@@ -765,11 +785,15 @@ def test_a_file_at_the_place_of_a_folder_is_refused_before_anything_is_written(
     archive = archive_of(tmp_path / "a.tar.gz", entry("workspace/first"), last)
     (into / "workspace").mkdir()
     blocker = into / "workspace/z"
-    {"file": blocker.touch, "link": lambda: blocker.symlink_to(into),
-     "pipe": lambda: os.mkfifo(blocker)}[kind]()  # fmt: skip
+    if kind == "file":
+        blocker.touch()
+    elif kind == "link":
+        blocker.symlink_to(into)
+    else:
+        os.mkfifo(blocker)
     with pytest.raises(AccessError, match="workspace/z"):
         extract_archive(archive, into)
-    assert sorted(os.listdir(into / "workspace")) == ["z"]
+    assert [path.name for path in (into / "workspace").iterdir()] == ["z"]
 
 
 def test_a_file_as_destination_is_a_usage_error(archive: Path, tmp_path: Path) -> None:
@@ -805,12 +829,12 @@ def test_too_little_room_is_refused_before_anything_is_written(
     archive: Path, into: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = sum(map(len, GOOD.values()))
-    monkeypatch.setattr(cloud_services, "free_space", lambda path: needed - 1)
+    monkeypatch.setattr(cloud_services, "free_space", lambda _: needed - 1)
     with pytest.raises(DiskFullError, match="are needed") as caught:
         extract_archive(archive, into)
     assert caught.value.exit_code == ExitCode.TRANSFER
     assert tree(into) == {}
-    monkeypatch.setattr(cloud_services, "free_space", lambda path: needed)
+    monkeypatch.setattr(cloud_services, "free_space", lambda _: needed)
     extract_archive(archive, into)
     assert files(into) == GOOD
 
@@ -834,7 +858,7 @@ def test_a_disk_that_fills_meanwhile_leaves_old_files_and_no_part(
     write_file(small_disk / "b", b"old")
     with pytest.raises(DiskFullError, match="are needed"):
         extract_archive(archive, small_disk)
-    monkeypatch.setattr(cloud_services, "free_space", lambda path: 10**9)
+    monkeypatch.setattr(cloud_services, "free_space", lambda _: 10**9)
     with pytest.raises(DiskFullError, match="b: the disk is full"):
         extract_archive(archive, small_disk)
     assert files(small_disk) == {"a": b"a" * 10, "b": b"old"}
@@ -846,7 +870,7 @@ class AtUnpacking(Progress):
     def __init__(self, act: Callable[[], object]) -> None:
         self.act = act
 
-    def begin(self, what: str, total: int | None) -> None:
+    def begin(self, what: str, total: int | None) -> None:  # noqa: ARG002
         if what == "unpacking":
             self.act()
 

@@ -1,4 +1,4 @@
-"""Archives that plain tar, gzip and sha256sum accept, the same for the same tree, whole or absent."""
+"""Archives that tar, gzip and sha256sum accept, the same for the same tree, whole or absent."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -51,6 +51,9 @@ from tests.conftest import (
     unpack_with_tar,
     write_file,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 TICK = "raw_data/ticks/EURUSD/2023.csv"
 
@@ -192,7 +195,7 @@ def test_files_from_before_1970_and_from_the_far_future_are_packed(
     workspace: Path, tmp_path: Path, mtime: int
 ) -> None:
     os.utime(workspace / TICK, (mtime, mtime))
-    found = os.stat(workspace / TICK).st_mtime
+    found = (workspace / TICK).stat().st_mtime
     create_archive(everything(workspace), tmp_path / "out.tar.gz")
     [info] = [m for m in members((tmp_path / "out.tar.gz").read_bytes()) if m.name.endswith(TICK)]
     assert info.mtime == max(0, found)
@@ -561,7 +564,7 @@ def test_too_little_room_is_only_a_warning_because_the_archive_is_smaller(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(cloud_services, "free_space", lambda path: 10)
+    monkeypatch.setattr(cloud_services, "free_space", lambda _: 10)
     monkeypatch.setattr(cloud_services.log, "propagate", True)
     create_archive(everything(workspace), tmp_path / "out.tar.gz")
     assert "less room" in caplog.text

@@ -6,8 +6,8 @@ import os
 import random
 import shutil
 import socket
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -26,6 +26,9 @@ from cloud_services import (
     secret_part,
 )
 from tests.conftest import HOSTILE_NAMES, file_names, make_workspace, tree, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FEATURES = [f"workspace/prepared/features/gold_{split}.csv" for split in ("test", "train", "val")]
 TICKS = [
@@ -126,7 +129,7 @@ def test_results_without_logs_are_complete(workspace: Path) -> None:
 
 @pytest.mark.parametrize("remains", [[], ["models/logs"]])
 def test_a_workspace_without_results_is_an_error(workspace: Path, remains: list[str]) -> None:
-    for folder in {"models/checkpoints", "models/metrics", "models/logs", "prepared/scalers"}:
+    for folder in ("models/checkpoints", "models/metrics", "models/logs", "prepared/scalers"):
         if folder not in remains:
             shutil.rmtree(workspace / folder)
     with pytest.raises(NotFoundError, match="holds no results"):

@@ -112,7 +112,7 @@ def test_without_rsync_there_it_says_so(tmp_path: Path) -> None:
     # A PATH without rsync, but with the tools that the checks use.
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("sh", "dd", "sha256sum", "mkdir", "mv"):
+    for name in ("sh", "dd", "sha256sum", "mkdir", "mv", "stat", "df"):
         os.symlink(require(name) if name != "sh" else "/bin/sh", tools / name)
     with SSHServer(tmp_path / "s", config=[f'SetEnv PATH="{tools}"']) as server:
         done = server_without_rsync(server, tools, tmp_path)
