@@ -97,7 +97,7 @@ ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
 
 MAX_MEMBERS = 5_000_000
 MAX_TAR_HEADER_BYTES = 8 * MIB
-MAX_MANIFEST_BYTES = 1024 * MIB
+MAX_MTIME = 2**36  # the year 4147
 
 STALL_SECONDS = 60.0
 CONNECT_SECONDS = 15.0
@@ -201,6 +201,7 @@ SAME_COMMAND = "run the same command again: it continues where it stopped"
 
 LOCAL_ERRORS: dict[int, tuple[type[CloudError], str]] = {
     errno.ENOENT: (NotFoundError, "does not exist"),
+    errno.EEXIST: (UsageError, "is in the way: a file where a folder should be"),
     errno.ENOTDIR: (NotFoundError, "does not exist: a part of the path is not a folder"),
     errno.EACCES: (AccessError, "permission denied"),
     errno.EPERM: (AccessError, "operation not permitted"),
@@ -407,8 +408,9 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
     part = target.with_name(part_name(target.name, str(os.getpid())))
     with local_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            raise UsageError(f"{printable(target)} is a folder", "name a file with --output")
+        if target.exists() and not target.is_file():
+            kind = "a folder" if target.is_dir() else "no regular file"
+            raise UsageError(f"{printable(target)} is {kind}", "name a file with --output")
         try:
             with open(part, "wb") as stream:
                 yield stream
@@ -432,9 +434,10 @@ def require_space(free: int | None, needed: int | None, where: object) -> None:
 
 def free_space(path: Path) -> int:
     """Bytes this user may still write in `path` or, where it does not exist yet, in its parent."""
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    with local_errors(path):
+        while not path.exists() and path != path.parent:
+            path = path.parent
+        return shutil.disk_usage(path).free
 
 
 def human_bytes(count: float) -> str:
@@ -543,7 +546,9 @@ class _Tree:
     """Collects files of a workspace into a plan, with a reason for each path left out."""
 
     def __init__(self, root: Path, exclude: tuple[str, ...]) -> None:
-        if not root.is_dir():
+        with local_errors(root):
+            found = root.is_dir()
+        if not found:
             raise NotFoundError(
                 f"the workspace {printable(root)} does not exist",
                 "run this where the workspace is, or name it with --workspace",
@@ -552,7 +557,7 @@ class _Tree:
         self.files: list[PlannedFile] = []
         self.left_out: list[LeftOut] = []
         self._exclude = exclude
-        self._resolved_root = root.resolve()
+        self._real_root = Path(os.path.realpath(root))
 
     def add_required(self, name: str) -> None:
         path = self.root / name
@@ -580,15 +585,19 @@ class _Tree:
     def _walk(self, folder: str, path: str, above: tuple[str, ...]) -> None:
         with local_errors(path), os.scandir(path) as entries:
             for entry in entries:
+                if entry.name == ".gitkeep":
+                    continue
                 name = f"{folder}/{entry.name}"
                 if self._left_out(name, Path(entry.path) if entry.is_symlink() else None):
                     continue
-                if entry.is_dir():
+                kind = stat.S_IFMT(_mode(entry))
+                if kind == stat.S_IFDIR:
                     self._walk_into(name, entry.path, above)
-                elif entry.is_file():
+                elif kind == stat.S_IFREG:
                     self._add_file(name, entry.path)
                 else:
-                    self.left_out.append(LeftOut(f"workspace/{name}", _odd_kind(entry)))
+                    odd = "neither a file nor a folder" if kind else "a link to nothing"
+                    self.left_out.append(LeftOut(f"workspace/{name}", odd))
 
     def _walk_into(self, name: str, path: str, above: tuple[str, ...]) -> None:
         real = os.path.realpath(path)
@@ -614,11 +623,11 @@ class _Tree:
             return f"secret: the name matches {secret}"
         for pattern in self._exclude:
             if excluded_by(name, pattern):
-                return f"excluded by {pattern}"
-        if link is not None and link.is_symlink():
-            target = link.resolve()
-            inside = target.is_relative_to(self._resolved_root)
-            seen = target.relative_to(self._resolved_root) if inside else target
+                return f"excluded by {printable(pattern)}"
+        if link is not None:
+            target = Path(os.path.realpath(link))
+            inside = target.is_relative_to(self._real_root)
+            seen = target.relative_to(self._real_root) if inside else target
             if secret := secret_part(seen.as_posix()):
                 return f"secret: it links to a name that matches {secret}"
         return ""
@@ -653,8 +662,14 @@ def excluded_by(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for path in paths)
 
 
-def _odd_kind(entry: os.DirEntry[str]) -> str:
-    return "a link to nothing" if entry.is_symlink() else "neither a file nor a folder"
+def _mode(entry: os.DirEntry[str]) -> int:
+    """The mode of a file, or of what a link leads to; 0 for a link that leads nowhere."""
+    try:
+        return entry.stat().st_mode
+    except OSError as error:
+        if entry.is_symlink() and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return 0
+        raise
 
 
 # ── archive: writing ─────────────────────────────────────────────────────────────────────────────
@@ -719,16 +734,22 @@ def pack(plan: Plan, write: Callable[[bytes], object], progress: Progress) -> Pa
     """
     compressed = _HashedWriter(write)
     manifest: list[bytes] = []
+    total = 0
+
+    def advance(count: int) -> None:
+        nonlocal total
+        total += count
+        progress.advance(count)
+
     progress.begin("packing", plan.total_bytes)
     try:
         with _gzip_writer(compressed) as stream, _tar_writer(stream) as tar:
             for file in plan.files:
-                manifest.append(manifest_line(_add_file(tar, file, progress.advance), file.name))
+                manifest.append(manifest_line(_add_file(tar, file, advance), file.name))
                 _forget_members(tar)  # TarFile remembers every member: memory would grow with them
             _add_manifest(tar, plan, b"".join(manifest))
     finally:
         progress.end()
-    total = plan.total_bytes
     return Packed(len(plan.files), total, compressed.size, compressed.sha256.hexdigest())
 
 
@@ -859,7 +880,7 @@ def _require_same_start(stream: IO[bytes], file: PlannedFile, size: int, digest:
 def _changed(file: PlannedFile, how: str) -> NoReturn:
     raise IntegrityError(
         f"{printable(file.source)} changed while it was packed: {how}",
-        f"wait until nothing writes to it, or leave it out: --exclude {shlex.quote(_below(file))}",
+        f"wait until nothing writes to it, or leave it out: --exclude {shlex.quote(glob.escape(_below(file)))}",
     )
 
 
@@ -892,7 +913,7 @@ def parse_manifest(content: bytes) -> dict[str, str]:
             continue
         match = re.fullmatch(rb"(\\?)([0-9a-f]{64}) [ *](.+)", line, re.DOTALL)
         if not match:
-            raise IntegrityError(f"the manifest has a line that is none: {printable(line[:80])}")
+            raise tarfile.ReadError(f"the manifest has a line that is none: {printable(line[:80])}")
         name = re.sub(rb"\\([\\nr])", _unescape, match[3]) if match[1] else match[3]
         entries[os.fsdecode(name)] = match[2].decode()
     return entries
@@ -1003,16 +1024,17 @@ def inspect_archive(stream: IO[bytes], path: Path, progress: Progress) -> Conten
     contents = Contents([], [], "", 0, None)
     manifest: dict[str, str] | None = None
     try:
-        for info, blocks in _members(hashed, path):
-            name = _safe_name(info, path)
-            if info.isdir():
-                contents.folders.append(name)
-                continue
-            if name in (TRAINING_MANIFEST, RESULTS_MANIFEST) and info.size <= MAX_MANIFEST_BYTES:
-                content = b"".join(blocks)
-                manifest, contents.manifest = parse_manifest(content), name
-                blocks = iter((content,))
-            contents.members.append(_read_member(info, name, blocks))
+        with _archive_errors(path):
+            for info, blocks in _members(hashed, path):
+                name = _safe_name(info, path)
+                if info.isdir():
+                    contents.folders.append(name)
+                    continue
+                if name in (TRAINING_MANIFEST, RESULTS_MANIFEST):
+                    content = b"".join(blocks)
+                    manifest, contents.manifest = parse_manifest(content), name
+                    blocks = iter((content,))
+                contents.members.append(_read_member(info, name, blocks))
     finally:
         progress.end()
     contents.sha256, contents.archive_bytes = hashed.sha256.hexdigest(), hashed.size
@@ -1052,15 +1074,18 @@ class _HashedReader(io.RawIOBase):
 class _Unpacked:
     """The bytes inside a gzip stream as TarFile wants them: read, tell, and seek forward only."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
+    def __init__(self, stream: IO[bytes], damage: tuple[type[Exception], ...]) -> None:
+        self._stream, self._damage = stream, damage
         self._position = 0
         self.last = b""
 
     def read(self, count: int) -> bytes:
         if count > MAX_TAR_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {human_bytes(count)}")
-        self.last = self._stream.read(count)
+        try:
+            self.last = self._stream.read(count)
+        except self._damage as error:
+            raise tarfile.ReadError(str(error)) from error
         self._position += len(self.last)
         return self.last
 
@@ -1070,23 +1095,20 @@ class _Unpacked:
     def seek(self, position: int) -> None:
         while self._position < position:
             if not self.read(min(PACK_BLOCK_BYTES, position - self._position)):
-                raise EOFError
+                raise tarfile.ReadError
         if self._position != position:
             raise tarfile.ReadError("its headers point backwards")
 
 
-GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
-
-
 def _open_gzip(source: Any) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
     """A stream of the bytes inside `source`, and the errors it raises when they are damaged."""
-    standard: Any = gzip.GzipFile(fileobj=source, mode="rb")
+    errors = (EOFError, zlib.error, gzip.BadGzipFile)
     try:
         igzip: Any = importlib.import_module("isal.igzip_threaded")
     except ImportError:
-        return standard, GZIP_ERRORS
+        return cast("IO[bytes]", gzip.GzipFile(fileobj=source, mode="rb")), errors
     stream = igzip.open(source, "rb", threads=1, block_size=PACK_BLOCK_BYTES)
-    return stream, (*GZIP_ERRORS, importlib.import_module("isal.isal_zlib").error)
+    return stream, (*errors, importlib.import_module("isal.isal_zlib").error)
 
 
 def _members(
@@ -1094,20 +1116,32 @@ def _members(
 ) -> Iterator[tuple[tarfile.TarInfo, Iterator[bytes]]]:
     """Each member with its content in blocks, then proof that the archive really ends there."""
     stream, damage = _open_gzip(source)
-    damage = (tarfile.TarError, *damage)
+    with contextlib.closing(stream):
+        unpacked: Any = _Unpacked(stream, damage)
+        tar = _headers(lambda: tarfile.TarFile(fileobj=unpacked, mode="r"))
+        for _ in range(MAX_MEMBERS):
+            info = _headers(tar.next)
+            if info is None:
+                _require_end(unpacked)
+                return
+            _forget_members(tar)
+            yield info, _content(unpacked, info)
+        raise RefusedError(f"{printable(path)} holds over {MAX_MEMBERS:,} entries")
+
+
+def _headers(parse: Callable[[], T]) -> T:
     try:
-        with contextlib.closing(stream):
-            unpacked: Any = _Unpacked(stream)
-            tar = tarfile.TarFile(fileobj=unpacked, mode="r")
-            count = 0
-            while (info := tar.next()) is not None:
-                count += 1
-                if count > MAX_MEMBERS:
-                    raise RefusedError(f"{printable(path)} holds over {MAX_MEMBERS:,} entries")
-                _forget_members(tar)
-                yield info, _content(unpacked, info)
-            _require_end(unpacked)
-    except damage as error:
+        return parse()
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise tarfile.ReadError("a header makes no sense") from error
+
+
+@contextlib.contextmanager
+def _archive_errors(path: Path) -> Iterator[None]:
+    """Around every loop over `_members`: the content is read there, and so damage shows there."""
+    try:
+        yield
+    except tarfile.TarError as error:
         raise IntegrityError(
             f"{printable(path)} is truncated or altered: {printable(error) or 'it ends too early'}",
             "send or download it again; the sender's summary shows the right sha256",
@@ -1119,7 +1153,7 @@ def _content(unpacked: _Unpacked, info: tarfile.TarInfo) -> Iterator[bytes]:
     while left:
         block = unpacked.read(min(PACK_BLOCK_BYTES, left))
         if not block:
-            raise EOFError
+            raise tarfile.ReadError
         left -= len(block)
         yield block
 
@@ -1141,7 +1175,7 @@ def _safe_name(info: tarfile.TarInfo, path: Path) -> str:
     def refuse(why: str) -> NoReturn:
         raise IntegrityError(f"{printable(path)} is refused: {printable(info.name)!r} {why}")
 
-    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
+    if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) or info.issparse():
         refuse("is neither a regular file nor a folder")
     parts = [part for part in info.name.split("/") if part not in ("", ".")]
     if info.name.startswith("/") or ".." in parts or "\0" in info.name:
@@ -1150,8 +1184,12 @@ def _safe_name(info: tarfile.TarInfo, path: Path) -> str:
         refuse("is no file name on Windows")
     if not parts and not info.isdir():
         refuse("has no name")
-    if info.size < 0:
-        refuse("has a negative size")
+    if info.size < 0 or not abs(info.mtime) < MAX_MTIME:
+        refuse("has an impossible size or time")
+    if len(os.fsencode(info.name)) > 4096 or any(len(os.fsencode(part)) > 255 for part in parts):
+        refuse("has too long a name")
+    if parts and re.fullmatch(r"\..*\.[0-9a-f]{12}\.part", parts[-1], re.DOTALL):
+        refuse("is an unfinished file")
     return "/".join(parts)
 
 
@@ -1163,21 +1201,17 @@ def _require_distinct(contents: Contents, path: Path) -> None:
         if fold(member.name) in seen:
             raise IntegrityError(f"{printable(path)} is refused: {printable(member.name)!r} twice")
         seen.add(fold(member.name))
-    for name in (*(member.name for member in contents.members), *contents.folders):
-        above = (*_parents(name), *((name,) if name in contents.folders else ()))
+    folders = {_folders(f"{name}/") for name in contents.folders}
+    for above in {_folders(member.name) for member in contents.members} | folders:
         if clash := next((folder for folder in above if fold(folder) in seen), None):
             raise IntegrityError(
                 f"{printable(path)} is refused: {printable(clash)!r} is both a file and a folder"
             )
 
 
-@functools.lru_cache(maxsize=1024)
-def _ancestors(folder: str) -> tuple[str, ...]:
-    return (*_ancestors(posixpath.dirname(folder)), folder) if folder else ()
-
-
-def _parents(name: str) -> tuple[str, ...]:
-    return _ancestors(posixpath.dirname(name))
+def _folders(name: str) -> tuple[str, ...]:
+    """The folders above `name`, from the outermost on."""
+    return tuple(name[:at] for at, character in enumerate(name) if character == "/")
 
 
 def _compare_manifest(contents: Contents, manifest: dict[str, str], path: Path) -> None:
@@ -1206,7 +1240,8 @@ class _ExtractionTarget:
         """Refuse before anything is written what could not be written later."""
         if self.root.exists() and not self.root.is_dir():
             raise UsageError(f"{printable(self.root)} is not a folder", "name one with --into")
-        for folder in {f for m in contents.members for f in _parents(m.name)}:
+        names = (*(m.name for m in contents.members), *(f"{name}/" for name in contents.folders))
+        for folder in {folder for name in names for folder in _folders(name)}:
             self._require_real_folder(self.root / folder)
         for member in contents.members:
             path = self.root / member.name
@@ -1217,14 +1252,15 @@ class _ExtractionTarget:
         """Make `folder` below the root, one real folder after the other."""
         path = self.root / folder
         if folder not in self._made:
-            for above in ("", *_ancestors(folder)):
-                self._require_real_folder(self.root / above if above else None)
-                (self.root / above).mkdir(parents=not above, exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
+            for above in _folders(f"{folder}/") if folder else ():
+                self._require_real_folder(self.root / above)
+                (self.root / above).mkdir(exist_ok=True)
             self._made.add(folder)
         return path
 
-    def _require_real_folder(self, path: Path | None) -> None:
-        if path is not None and (path.is_symlink() or (path.exists() and not path.is_dir())):
+    def _require_real_folder(self, path: Path) -> None:
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise AccessError(
                 f"{printable(path)} is a link or a file where the archive has a folder",
                 "unpack elsewhere with --into, or replace it by a folder",
@@ -1263,16 +1299,17 @@ def _write_members(
 ) -> None:
     """The second reading: write exactly the members of the first, or stop."""
     expected = iter(contents.members)
-    for info, blocks in _members(stream, path):
-        name = _safe_name(info, path)
-        if info.isdir():
-            with local_errors(target.root / name):
-                target.make_folder(name)
-            continue
-        member = next(expected, None)
-        if member is None or (member.name, member.size) != (name, info.size):
-            raise IntegrityError(f"{printable(path)} changed while it was unpacked")
-        target.write(member, blocks, progress.advance)
+    with _archive_errors(path):
+        for info, blocks in _members(stream, path):
+            name = _safe_name(info, path)
+            if info.isdir():
+                with local_errors(target.root / name):
+                    target.make_folder(name)
+                continue
+            member = next(expected, None)
+            if member is None or (member.name, member.size) != (name, info.size):
+                raise IntegrityError(f"{printable(path)} changed while it was unpacked")
+            target.write(member, blocks, progress.advance)
 
 
 # ── stores and lanes: where segments can be put and got ──────────────────────────────────────────
@@ -3920,12 +3957,11 @@ def create_training_archive(args: argparse.Namespace, console: Console) -> Outco
     credentials) never go in; what was left out is listed. Unpack it with tar -xzf and check it with
     sha256sum -c training.sha256, or use extract-archive.
     """
-    uploader = PaperspaceUploader(workspace=args.workspace, progress=console.progress())
-    plan = _agreed_training_plan(args, console, uploader)
+    plan = _agreed_training_plan(args, console)
     output = args.output or timestamped("training_data")
     if args.dry_run:
         return _plan_outcome(plan, output)
-    result = create_archive(plan, output, uploader.progress)
+    result = create_archive(plan, output, console.progress())
     return _archive_outcome(result, f"upload-training --archive {_shown(result.path)}", console)
 
 
@@ -3944,7 +3980,7 @@ def upload_training(args: argparse.Namespace, console: Console) -> Outcome:
     is interrupted, the same command continues it and sends only what is missing.
     """
     uploader = PaperspaceUploader(path=args.path, **_connection(args, console))
-    archive = Path(args.archive) if args.archive else _agreed_training_plan(args, console, uploader)
+    archive = Path(args.archive) if args.archive else _agreed_training_plan(args, console)
     if args.dry_run:
         where = f"{uploader.settings.host}:{uploader.settings.path} by {args.method}"
         return _plan_outcome(archive, where) if isinstance(archive, Plan) else _file_outcome(archive, where)
@@ -3978,12 +4014,11 @@ def create_results_archive(args: argparse.Namespace, console: Console) -> Outcom
 
     Run it where the training ran. A log that grows meanwhile is packed as it was at the start.
     """
-    downloader = PaperspaceDownloader(workspace=args.workspace, progress=console.progress())
-    plan = downloader.plan_results(args.exclude)
+    plan = plan_results(args.workspace, args.exclude)
     output = args.output or timestamped("results")
     if args.dry_run:
         return _plan_outcome(plan, output)
-    result = create_archive(plan, output, downloader.progress)
+    result = create_archive(plan, output, console.progress())
     return _archive_outcome(result, f"download-results --path {_shown(result.path.resolve())}", console)
 
 
@@ -4054,9 +4089,9 @@ def _connection(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     return given
 
 
-def _agreed_training_plan(args: argparse.Namespace, console: Console, uploader: PaperspaceUploader) -> Plan:
+def _agreed_training_plan(args: argparse.Namespace, console: Console) -> Plan:
     """The plan, after the question whether the ticks shall really go in."""
-    plan = uploader.plan_training(args.include_ticks, args.include_cache, args.exclude)
+    plan = plan_training(args.workspace, args.include_ticks, args.include_cache, args.exclude)
     if not args.include_ticks or args.no_ask_ticks or args.dry_run:
         return plan
     ticks = plan.under(TICKS_FOLDER)
@@ -4064,7 +4099,7 @@ def _agreed_training_plan(args: argparse.Namespace, console: Console, uploader: 
     if console.ask(f"Include {len(ticks)} tick files, {size}?", "--no-ask-ticks"):
         return plan
     console.note("packing without ticks")
-    return uploader.plan_training(False, args.include_cache, args.exclude)
+    return plan_training(args.workspace, False, args.include_cache, args.exclude)
 
 
 def _list_left_out(left_out: Sequence[LeftOut], console: Console) -> None:
@@ -4076,7 +4111,8 @@ def _list_left_out(left_out: Sequence[LeftOut], console: Console) -> None:
 
 
 def _shown(path: object) -> str:
-    return printable(shlex.quote(str(path)))
+    text = str(path)
+    return printable(shlex.quote(f"./{text}" if text.startswith("-") else text))
 
 
 def _plan_outcome(plan: Plan, target: str) -> Outcome:
@@ -4201,6 +4237,7 @@ def completion_script(shell: str, words: Mapping[str, Sequence[str]]) -> str:
     elif [ "${{current:0:1}}" = - ]; then
         COMPREPLY=($(compgen -W "$options" -- "$current"))
     else
+        local IFS=$'\\n'
         COMPREPLY=($(compgen -f -- "$current"))
     fi
 }}
@@ -4220,31 +4257,64 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; see ExitCode."""
+    _make_streams_safe()
+    handled = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if handled else None
     try:
-        args = build_parser().parse_args(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    console = Console(args)
-    _log_to_stderr(console)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminate)
-    try:
-        outcome = COMMANDS[args.command].run(args, console)
-        console.show(outcome)
-        sys.stdout.flush()
-        return int(outcome.exit_code)
-    except CloudError as error:
-        console.show_error(error)
-        return int(error.exit_code)
+        return int(_run(argv))
     except KeyboardInterrupt:
         print("interrupted; " + SAME_COMMAND, file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
     except Terminated:
         print("terminated; " + SAME_COMMAND, file=sys.stderr)
         return int(ExitCode.TERMINATED)
-    except BrokenPipeError:  # the reader of our stdout has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(ExitCode.DONE)
+    finally:
+        if handled:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    args = None
+    with _written_out():
+        try:
+            args = build_parser().parse_args(argv)
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    if args is None:  # nobody reads --help
+        return ExitCode.DONE
+    console = Console(args)
+    _log_to_stderr(console)
+    try:
+        outcome = COMMANDS[args.command].run(args, console)
+        with _written_out():
+            console.show(outcome)
+        return outcome.exit_code
+    except CloudError as error:
+        with _written_out():
+            console.show_error(error)
+        return error.exit_code
+
+
+@contextlib.contextmanager
+def _written_out() -> Iterator[None]:
+    """Around everything that prints results: a reader who has seen enough is no error."""
+    try:
+        with local_errors("standard output"):
+            yield
+            sys.stdout.flush()
+    except (BrokenPipeError, DiskFullError) as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        if isinstance(error, CloudError):
+            raise
+
+
+def _make_streams_safe() -> None:
+    """A closed stream swallows, and one of few letters escapes, what it cannot show."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _log_to_stderr(console: Console) -> None:
@@ -4256,6 +4326,7 @@ def _log_to_stderr(console: Console) -> None:
 
 
 if __name__ == "__main__":  # run the importable copy, so that every class exists once
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
     from cloud_services import main as importable_main
 
     sys.exit(importable_main())
