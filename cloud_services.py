@@ -16,6 +16,16 @@ Exit codes: 0 done · 1 unexpected · 2 usage · 3 missing package or tool · 4 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    # Run the importable copy, so that every class exists once and its compiled form is reused.
+    import os.path
+    import sys
+
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
+    from cloud_services import main as importable_main
+
+    sys.exit(importable_main())
+
 import argparse
 import contextlib
 import dataclasses
@@ -467,12 +477,22 @@ def file_sha256(path: Path) -> str:
 
 
 class PlannedFile(NamedTuple):
-    """One file that goes into the archive: its name there, its place here, its size in bytes."""
+    """One file that goes into the archive: its name there, its size in bytes."""
 
+    workspace: str
     name: str
-    source: str
     size: int
     mtime_ns: int
+
+    @property
+    def source(self) -> str:
+        """Where it is on this machine."""
+        return os.path.join(self.workspace, self.below)
+
+    @property
+    def below(self) -> str:
+        """Its path in the workspace."""
+        return self.name.removeprefix("workspace/")
 
 
 class LeftOut(NamedTuple):
@@ -554,6 +574,7 @@ class _Tree:
                 "run this where the workspace is, or name it with --workspace",
             )
         self.root = root
+        self._workspace = str(root)
         self.files: list[PlannedFile] = []
         self.left_out: list[LeftOut] = []
         self._exclude = exclude
@@ -609,7 +630,9 @@ class _Tree:
     def _add_file(self, name: str, path: str) -> None:
         with local_errors(path):
             status = os.stat(path)
-        self.files.append(PlannedFile(f"workspace/{name}", path, status.st_size, status.st_mtime_ns))
+        self.files.append(
+            PlannedFile(self._workspace, f"workspace/{name}", status.st_size, status.st_mtime_ns)
+        )
 
     def _left_out(self, name: str, link: Path | None) -> bool:
         reason = self._reason_against(name, link)
@@ -733,7 +756,6 @@ def pack(plan: Plan, write: Callable[[bytes], object], progress: Progress) -> Pa
     member is the manifest, in the format of sha256sum.
     """
     compressed = _HashedWriter(write)
-    manifest: list[bytes] = []
     total = 0
 
     def advance(count: int) -> None:
@@ -743,11 +765,15 @@ def pack(plan: Plan, write: Callable[[bytes], object], progress: Progress) -> Pa
 
     progress.begin("packing", plan.total_bytes)
     try:
-        with _gzip_writer(compressed) as stream, _tar_writer(stream) as tar:
+        with (
+            _gzip_writer(compressed) as stream,
+            _tar_writer(stream) as tar,
+            tempfile.SpooledTemporaryFile(PACK_BLOCK_BYTES) as manifest,
+        ):
             for file in plan.files:
-                manifest.append(manifest_line(_add_file(tar, file, advance), file.name))
+                manifest.write(manifest_line(_add_file(tar, file, advance), file.name))
                 _forget_members(tar)  # TarFile remembers every member: memory would grow with them
-            _add_manifest(tar, plan, b"".join(manifest))
+            _add_manifest(tar, plan, manifest)
     finally:
         progress.end()
     return Packed(len(plan.files), total, compressed.size, compressed.sha256.hexdigest())
@@ -880,21 +906,15 @@ def _require_same_start(stream: IO[bytes], file: PlannedFile, size: int, digest:
 def _changed(file: PlannedFile, how: str) -> NoReturn:
     raise IntegrityError(
         f"{printable(file.source)} changed while it was packed: {how}",
-        f"wait until nothing writes to it, or leave it out: --exclude {shlex.quote(glob.escape(_below(file)))}",
+        f"wait until nothing writes to it, or leave it out: --exclude {shlex.quote(glob.escape(file.below))}",
     )
 
 
-def _below(file: PlannedFile) -> str:
-    return file.name.removeprefix("workspace/")
-
-
-def _add_manifest(tar: tarfile.TarFile, plan: Plan, content: bytes) -> None:
+def _add_manifest(tar: tarfile.TarFile, plan: Plan, content: IO[bytes]) -> None:
     newest = max((file.mtime_ns for file in plan.files), default=0)
-    with tempfile.SpooledTemporaryFile(PACK_BLOCK_BYTES) as stream:
-        stream.write(content)
-        stream.seek(0)
-        info = _tar_info(plan.manifest, len(content), newest / 1e9)
-        tar.addfile(info, stream)
+    info = _tar_info(plan.manifest, content.tell(), newest / 1e9)
+    content.seek(0)
+    tar.addfile(info, content)
 
 
 def manifest_line(digest: str, name: str) -> bytes:
@@ -1792,11 +1812,12 @@ def send_segments(store: Store, source: Source, part: str, held_bytes: int, prog
     advance: Advance = progress.advance if source.size is not None else lambda count: None
     if source.size is not None:
         progress.begin("sending", source.total)
+    lanes = store.streams if source.size is None else min(store.streams, max(1, len(spans(source.size))))
     blocks = source.segments(progress)
     outgoing = _Outgoing(blocks, held, check, advance)
     try:
         run_lanes(
-            lambda: store.lane(part, writing=True), store.streams, outgoing,
+            lambda: store.lane(part, writing=True), lanes, outgoing,
             lambda lane, jobs: lane.send(jobs, outgoing.arrived, advance),
         )  # fmt: skip
         if held_bytes > outgoing.size:
@@ -3190,25 +3211,29 @@ def _parse_stat(path: str, line: str) -> FileInfo:
 
 
 class _ShellLane:
-    _numbers = iter(range(1_000_000))
-
     def __init__(self, store: ShellStore, path: str) -> None:
         self._store, self._path = store, path
-        self._piece = f"{path}.{next(self._numbers)}"
 
     def send(self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance) -> None:
-        connection, piece, path = self._store.connection, quoted(self._piece), quoted(self._path)
+        connection, path = self._store.connection, quoted(self._path)
         self._store.command(f": >> {path}", f"write {printable(self._path)}")
         for index, data in segments:
             connection.limiter.take(len(data))
-            with ssh_errors(connection), scp_errors(self._store, self._path):
-                self._store.scp_client().putfo(io.BytesIO(data), self._piece, size=len(data))
+            self._put_piece(f"{self._path}.{index}", data)
+            piece = quoted(f"{self._path}.{index}")
             self._store.command(
                 f"dd if={piece} of={path} bs={SEGMENT_BYTES} seek={index} conv=notrunc 2>/dev/null && rm {piece}",
                 f"write {printable(self._path)}",
             )
             advance(len(data))
             arrived(index)
+
+    def _put_piece(self, name: str, data: bytes | bytearray) -> None:
+        connection = self._store.connection
+        with ssh_errors(connection), scp_errors(self._store, self._path):
+            client = self._store.scp_client()
+            client.channel = connection.open_command_session()
+            client.putfo(io.BytesIO(data), name, size=len(data))
 
     def receive(self, spans: Iterable[Span], sink: Sink, advance: Advance) -> None:
         for index, length in spans:
@@ -3696,9 +3721,9 @@ def command(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
 class Outcome:
     """What a command has to say: rows for people, a document for scripts, the next command."""
 
-    document: Mapping[str, Any]
+    document: Any
     rows: Sequence[tuple[str, str]] = ()
-    lines: Sequence[str] = ()
+    lines: Iterable[str] = ()
     next_command: str = ""
     exit_code: ExitCode = ExitCode.DONE
 
@@ -3751,7 +3776,7 @@ class Console:
     def show(self, outcome: Outcome) -> None:
         """Print a result: one JSON document, or rows and lines."""
         if self.json:
-            print(json.dumps(outcome.document, indent=2, default=_jsonable))
+            print(json.dumps(_plain(outcome.document), indent=2))
             return
         for line in outcome.lines:
             print(line)
@@ -3775,10 +3800,17 @@ class Console:
             print(json.dumps(document, indent=2))
 
 
-def _jsonable(value: object) -> object:
-    if isinstance(value, (Path, bytes)):
-        return os.fspath(value) if isinstance(value, Path) else os.fsdecode(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+def _plain(value: Any) -> Any:
+    """A result as JSON knows it: dataclasses and named tuples as objects, paths as text."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if hasattr(value, "_asdict"):
+        return {name: _plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 class BarProgress(Progress):
@@ -4005,7 +4037,7 @@ def list_remote_files(args: argparse.Namespace, console: Console) -> Outcome:
         f"{printable(info.path)}{'/' * info.is_folder}"
         for info in found
     ]
-    return Outcome({"files": [info._asdict() for info in found]}, lines=lines)
+    return Outcome({"files": found}, lines=lines)
 
 
 @command("create-results-archive", _output("results"), WORKSPACE, EXCLUDE, DRY_RUN)
@@ -4041,7 +4073,7 @@ def download_results(args: argparse.Namespace, console: Console) -> Outcome:
     if args.dry_run:
         found = downloader.find_results(args.path, args.method, args.newest)
         lines = [f"{info.size:>14}  {printable(info.path)}" for info in found]
-        return Outcome({"files": [info._asdict() for info in found]}, lines=lines)
+        return Outcome({"files": found}, lines=lines)
     result = downloader.download_paperspace_results(
         args.path, args.local_path, args.method, args.newest, args.extract
     )
@@ -4116,18 +4148,22 @@ def _shown(path: object) -> str:
 
 
 def _plan_outcome(plan: Plan, target: str) -> Outcome:
-    lines = [f"{file.size:>14}  {printable(file.name)}" for file in plan.files]
-    lines += [f"{'left out':>14}  {printable(name)} ({reason})" for name, reason in plan.left_out]
     rows = [
         ("would go to", printable(target)),
         ("files", f"{len(plan.files):,}"),
         ("bytes", f"{plan.total_bytes:,} before compression"),
     ]
     document = {
-        "target": target, "bytes": plan.total_bytes, "files": [file._asdict() for file in plan.files],
-        "left_out": [item._asdict() for item in plan.left_out],
+        "target": target, "bytes": plan.total_bytes, "files": plan.files, "left_out": plan.left_out
     }  # fmt: skip
-    return Outcome(document, rows, lines)
+    return Outcome(document, rows, _plan_lines(plan))
+
+
+def _plan_lines(plan: Plan) -> Iterator[str]:
+    for file in plan.files:
+        yield f"{file.size:>14}  {printable(file.name)}"
+    for name, reason in plan.left_out:
+        yield f"{'left out':>14}  {printable(name)} ({reason})"
 
 
 def _file_outcome(archive: Path, target: str) -> Outcome:
@@ -4154,16 +4190,7 @@ def _archive_outcome(result: ArchiveResult, following: str, console: Console) ->
         _ratio(result.input_bytes, result.archive_bytes),
         ("sha256", result.sha256),
     ]
-    return Outcome(_document(result), rows, next_command=f"python cloud_services.py {following}")
-
-
-def _document(result: Any) -> dict[str, Any]:
-    document = dataclasses.asdict(result)
-    if "left_out" in document:
-        document["left_out"] = [{"name": name, "reason": why} for name, why in document["left_out"]]
-    if document.get("packed"):
-        document["packed"] = result.packed._asdict()
-    return document
+    return Outcome(result, rows, next_command=f"python cloud_services.py {following}")
 
 
 def _transfer_rows(result: TransferResult) -> list[tuple[str, str]]:
@@ -4191,7 +4218,7 @@ def _upload_outcome(result: TransferResult, settings: SSHSettings, method: str) 
         login = f"{settings.user}@{settings.host}" if settings.user else settings.host
         port = f"-p {settings.port} " if settings.port else ""
         unpack = f"ssh {port}{login} {shlex.quote(unpack)}"
-    return Outcome(_document(result), _transfer_rows(result), next_command=unpack)
+    return Outcome(result, _transfer_rows(result), next_command=unpack)
 
 
 def _download_outcome(result: DownloadResult) -> Outcome:
@@ -4199,8 +4226,7 @@ def _download_outcome(result: DownloadResult) -> Outcome:
     rows += [("failed", printable(failure)) for failure in result.failures]
     last = result.files[-1] if result.files else None
     following = "" if not last or last.extracted else f"python cloud_services.py extract-archive {_shown(last.target)}"
-    document = {"files": [_document(file) for file in result.files], "failures": result.failures}
-    return Outcome(document, rows, next_command=following, exit_code=ExitCode.DONE if result else ExitCode.PARTIAL)
+    return Outcome(result, rows, next_command=following, exit_code=ExitCode.DONE if result else ExitCode.PARTIAL)
 
 
 def _check_outcome(result: ArchiveCheck) -> Outcome:
@@ -4213,7 +4239,7 @@ def _check_outcome(result: ArchiveCheck) -> Outcome:
         *([("unpacked in", printable(result.into))] if result.into else []),
     ]
     following = "" if result.into else f"python cloud_services.py extract-archive {_shown(result.path)}"
-    return Outcome(_document(result), rows, next_command=following)
+    return Outcome(result, rows, next_command=following)
 
 
 def _option_words(entry: Command) -> list[str]:
@@ -4323,10 +4349,3 @@ def _log_to_stderr(console: Console) -> None:
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.DEBUG if console.verbose else logging.ERROR if console.quiet else logging.WARNING)
-
-
-if __name__ == "__main__":  # run the importable copy, so that every class exists once
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from cloud_services import main as importable_main
-
-    sys.exit(importable_main())

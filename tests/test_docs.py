@@ -1,0 +1,350 @@
+"""The documentation is true: commands parse, examples run, links lead somewhere, tables fit."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import importlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+import cloud_services
+from cloud_services import CloudError, ExitCode, build_parser
+from docs.make_commands import PAGE, exit_code_meanings, render
+from tests.support import ROOT, workspace
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]
+SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"])
+SOURCE = Path(cloud_services.__file__).read_text(encoding="utf-8")
+SHELL_LANGUAGES = ("sh", "bash", "powershell")
+COLUMNS = 100
+SHELL_OPERATOR = re.compile(r"[();<>|&]+")
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The fenced blocks of a page in any of these languages."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [content for language, content in found if language in languages]
+
+
+def shell_words(text: str) -> list[str]:
+    """The words of a shell line, operators apart, comments dropped."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    return list(lexer)
+
+
+def calls(text: str) -> Iterator[list[str]]:
+    """The arguments of each call of cloud_services.py in shell text, quoted scripts included."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if "cloud_services.py" not in line:
+            continue
+        words = shell_words(line)
+        for at, word in enumerate(words):
+            if word == "cloud_services.py" and words[at - 1].split("\\")[-1].startswith("python"):
+                rest = words[at + 1 :]
+                ends = [n for n, word in enumerate(rest) if SHELL_OPERATOR.fullmatch(word)]
+                yield [word for word in rest[: ends[0] if ends else None] if word != "$@"]
+            elif " cloud_services.py " in word:
+                yield from calls(word)
+
+
+def documented_calls() -> list[tuple[str, list[str]]]:
+    """Every call the documentation shows, in a block or in a sentence, with the page's name."""
+    found = []
+    for page in PAGES:
+        inline = re.findall(r"`(python cloud_services\.py [^`]+)`", page.read_text("utf-8"))
+        shown = [text.replace("\n", " ") for text in inline if "COMMAND" not in text]
+        for text in [*blocks(page, *SHELL_LANGUAGES), *shown]:
+            found += [(page.name, arguments) for arguments in calls(text)]
+    return found
+
+
+def template(node: ast.expr) -> str:
+    """The text of a message as it is written, with … for each part that is only known later."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template(value) for value in node.values)
+    if isinstance(node, ast.BinOp):
+        return template(node.left) + template(node.right)
+    return "…"
+
+
+def error_messages() -> dict[str, int]:
+    """The message of each CloudError that the module makes, and the line where."""
+    kinds = {name for name, value in vars(cloud_services).items() if is_error_class(value)}
+    found = {}
+    for node in ast.walk(ast.parse(SOURCE)):
+        call = node if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+        if call and call.args and cast("ast.Name", call.func).id in kinds:
+            found[template(call.args[0])] = call.lineno
+    return found
+
+
+def is_error_class(value: object) -> bool:
+    """Whether a name of the module is one of its errors."""
+    return isinstance(value, type) and issubclass(value, CloudError)
+
+
+def fragments(text: str) -> list[str]:
+    """The parts of a message between its placeholders that are long enough to mean something."""
+    return [part for part in map(str.strip, text.split("…")) if len(part.strip(" :,")) > 1]
+
+
+def exit_code_tables(page: Path) -> list[dict[int, str]]:
+    """The exit code tables of a page: code to meaning."""
+    tables = re.findall(
+        r"^\| Exit code \|.*\n\|[ -|]+\|\n((?:\|.*\n)+)", page.read_text("utf-8"), re.MULTILINE
+    )
+    return [
+        {
+            int(code): meaning
+            for code, meaning in re.findall(r"^\| (\d+) \| ([^|]+?) \|", table, re.MULTILINE)
+        }
+        for table in tables
+    ]
+
+
+# ── commands ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_command_reference_is_what_the_parser_says() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), "run: make docs"
+
+
+def test_the_command_reference_does_not_depend_on_the_terminals_width(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = render()
+    monkeypatch.setenv("COLUMNS", "40")
+    assert render() == before
+
+
+@pytest.mark.parametrize(("page", "arguments"), documented_calls())
+def test_every_documented_command_line_parses(page: str, arguments: list[str]) -> None:
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            parsed = build_parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{page}: {shlex.join(arguments)}: {errors.getvalue().splitlines()[-1]}")
+    assert isinstance(parsed, argparse.Namespace)
+
+
+def test_every_command_appears_in_the_readme_and_in_a_documented_line() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = {word for _, arguments in documented_calls() for word in arguments}
+    for name in cloud_services.COMMANDS:
+        assert f"`{name}`" in readme
+        assert name in shown
+
+
+def test_every_flag_named_in_a_sentence_exists() -> None:
+    options = {
+        flag
+        for entry in cloud_services.COMMANDS.values()
+        for a in entry.arguments
+        for flag in a.flags
+    }
+    options |= {"--json", "--quiet", "--verbose", "--yes", "--help", "--version"}
+    for page in GUIDES:
+        for text in re.findall(r"`(--[a-z-]+)[^`]*`", page.read_text(encoding="utf-8")):
+            assert text in options, f"{page.name}: {text}"
+
+
+# ── messages, codes and settings ─────────────────────────────────────────────────────────────────
+
+
+def entries() -> list[str]:
+    """The messages that troubleshooting.md explains, in a heading or in its table."""
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^### (.+)$|^\| (`.+?) \| \d", page, re.MULTILINE)
+    return re.findall(r"`([^`]+)`", "\n".join("".join(line) for line in lines))
+
+
+def covers(entry: str, message: str) -> bool:
+    """Whether an entry is about a message; each may have a … where the other has words."""
+    wide, narrow = (".*".join(map(re.escape, text.split("…"))) for text in (entry, message))
+    general = 2 * len(entry.replace("…", "")) < len(message.replace("…", ""))
+    return bool(re.fullmatch(narrow, entry) or (re.fullmatch(wide, message) and not general))
+
+
+def test_every_error_message_has_an_entry_under_troubleshooting() -> None:
+    known = entries()
+    for message, line in error_messages().items():
+        explained = any(covers(entry, message) for entry in known)
+        assert explained or any(inner in message for inner in INNER), f"line {line}: {message}"
+
+
+INNER = {"nobody takes the packed bytes any more", "has no SFTP subsystem"}
+"""Caught inside: a user never reads them as errors."""
+
+
+def test_every_entry_under_troubleshooting_is_a_message_of_the_module() -> None:
+    texts = [n.value for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, ast.Constant)]
+    source = "\n".join(text for text in texts if isinstance(text, str))
+    for entry in entries():
+        for part in fragments(entry):
+            assert part in source, f"{entry!r}: {part!r} is said nowhere"
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_every_exit_code_in_the_docs_is_one(page: Path) -> None:
+    for table in exit_code_tables(page):
+        assert table == exit_code_meanings()
+    codes = re.findall(r"[Ee]xit(?:s with)? (?:code )?(?:is then )?(\d+)", page.read_text("utf-8"))
+    assert {int(code) for code in codes} <= {int(code) for code in ExitCode}
+
+
+def test_the_exit_codes_are_explained_where_they_are_looked_for() -> None:
+    assert set(exit_code_meanings()) == {int(code) for code in ExitCode}
+    for name in ("commands.md", "paperspace.md", "troubleshooting.md"):
+        assert len(exit_code_tables(ROOT / "docs" / name)) == 1
+
+
+def test_the_example_settings_are_the_settings_there_are() -> None:
+    example = (ROOT / ".env.example").read_text(encoding="utf-8")
+    fields = dataclasses.fields(cloud_services.SSHSettings)
+    variables = {field.metadata["variable"] for field in fields if "variable" in field.metadata}
+    assert set(re.findall(r"^(PAPERSPACE_\w+)=", example, re.MULTILINE)) == variables
+
+
+def test_every_variable_named_in_the_docs_is_a_setting() -> None:
+    fields = dataclasses.fields(cloud_services.SSHSettings)
+    variables = {field.metadata.get("variable") for field in fields}
+    for page in PAGES:
+        assert set(re.findall(r"PAPERSPACE_[A-Z]+", page.read_text("utf-8"))) <= variables
+
+
+def test_the_list_of_secrets_in_the_guide_is_complete() -> None:
+    guide = (ROOT / "docs/paperspace.md").read_text(encoding="utf-8")
+    paragraph = guide.partition("**Secrets never go in.**")[2].partition("No flag turns that off")[
+        0
+    ]
+    assert set(re.findall(r"`([^`]+)`", paragraph)) == set(cloud_services.SECRET_NAMES)
+
+
+# ── pages, code and scripts ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        assert other.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(other), f"{page.name}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_example_compiles_and_imports_what_exists(page: Path) -> None:
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block, page.name)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module or "")
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{page.name}: {alias.name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_python_example_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against folders of this machine: what the examples send and fetch over SSH goes there."""
+    storage = tmp_path / "storage"
+    root = workspace(tmp_path)
+    made = cloud_services.PaperspaceDownloader(workspace=root).create_results_archive(
+        storage / "results_20260101.tar.gz"
+    )
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / made.path.name).write_bytes(made.path.read_bytes())
+    opened = cloud_services.open_store
+    monkeypatch.setattr(cloud_services, "open_store", lambda settings, _: opened(settings, "local"))
+    for block in blocks(page, "python"):
+        monkeypatch.setenv("PAPERSPACE_PATH", str(storage))
+        code = block.replace("/storage/", f"{storage.as_posix()}/")
+        exec(compile(code, page.name, "exec"), {})  # noqa: S102 - our own pages
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_shell_example_is_accepted_by_its_shell(page: Path) -> None:
+    for shell in ("sh", "bash"):
+        for block in blocks(page, shell):
+            checked = subprocess.run(
+                [shell, "-n"], input=block, capture_output=True, text=True, check=False
+            )
+            assert checked.returncode == 0, f"{page.name}: {checked.stderr}\n{block}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_every_script_is_accepted_by_its_shell(script: Path) -> None:
+    shell = "bash" if "bash" in script.read_text(encoding="utf-8").split("\n")[0] else "sh"
+    checked = subprocess.run([shell, "-n", script], capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.fixture
+def send_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The guide's script in a folder with a workspace, where `python` is this one."""
+    (script,) = (b for b in blocks(ROOT / "docs/paperspace.md", "sh") if b.startswith("#!"))
+    workspace(tmp_path)
+    (tmp_path / "cloud_services.py").symlink_to(ROOT / "cloud_services.py")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    python = programs / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PAUSE", "0.01")
+    (tmp_path / "send.sh").write_text(script)
+    return tmp_path / "send.sh"
+
+
+def test_the_guides_script_sends_and_prints_the_hash(send_script: Path, tmp_path: Path) -> None:
+    words = ["sh", str(send_script), "--method", "local", "--path", str(tmp_path / "storage")]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (archive,) = (tmp_path / "storage").glob("training_data_*.tar.gz")
+    assert done.stdout.strip() == cloud_services.file_sha256(archive)
+
+
+def test_the_guides_script_tries_five_times_and_no_other_error_twice(
+    send_script: Path, tmp_path: Path
+) -> None:
+    counter = tmp_path / "programs/python"
+    counter.write_text('#!/bin/sh\necho >> tries; [ "$1" = -c ] || exit "$STATUS"\n')
+    for status, tries in ((7, 5), (8, 1)):
+        (tmp_path / "tries").unlink(missing_ok=True)
+        environment = os.environ | {"STATUS": str(status)}
+        done = subprocess.run(["sh", send_script], cwd=tmp_path, env=environment, check=False)
+        assert (done.returncode, len((tmp_path / "tries").read_text())) == (status, tries)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_prose_is_wrapped_at_100_columns(page: Path) -> None:
+    generated = page == PAGE
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        assert generated or line.startswith("|") or len(line) <= COLUMNS, f"{page.name}:{number}"
