@@ -415,22 +415,45 @@ def part_name(name: str, key: str = "") -> str:
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[IO[bytes]]:
     """A file that appears as `target` only when the block ends well; an old one stays till then."""
-    part = target.with_name(part_name(target.name, str(os.getpid())))
+    part = target.with_name(part_name(target.name))
     with local_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_file():
             kind = "a folder" if target.is_dir() else "no regular file"
             raise UsageError(f"{printable(target)} is {kind}", "name a file with --output")
-        try:
-            with open(part, "wb") as stream:
+        with open_for_update(part) as stream:
+            lock_part(stream, target)
+            try:
+                stream.truncate(0)
                 yield stream
-                stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(part, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
+                os.replace(part, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    part.unlink()
+                raise
+
+
+def open_for_update(path: Path | str) -> IO[bytes]:
+    """Open a file for reading and writing in place; it is made when missing, never shortened."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    return open(os.open(path, flags, 0o666), "r+b", buffering=0)
+
+
+def lock_part(stream: IO[bytes], target: Path) -> None:
+    """Refuse to write one .part from two processes; the lock ends with the process, however."""
+    try:
+        fcntl: Any = importlib.import_module("fcntl")
+    except ImportError:  # Windows refuses to replace a file that is open elsewhere
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RefusedError(
+            f"another run is writing {printable(target)}", "wait for it, or choose another name"
+        ) from error
+    except OSError:  # a network file system without locks
+        log.info("%s cannot be locked on this file system", printable(target))
 
 
 def require_space(free: int | None, needed: int | None, where: object) -> None:
@@ -724,7 +747,9 @@ class ArchiveResult:
         return True
 
 
-def create_archive(plan: Plan, output: str | Path, progress: Progress | None = None) -> ArchiveResult:
+def create_archive(
+    plan: Plan, output: str | Path, progress: Progress | None = None
+) -> ArchiveResult:
     """Pack `plan` into the .tar.gz file `output`, which appears complete or not at all.
 
     Raises IntegrityError when a file changes while it is packed, DiskFullError when the disk fills.
@@ -1361,7 +1386,9 @@ class Span(NamedTuple):
 class Lane(Protocol):
     """One of several parallel ways into one file of a store."""
 
-    def send(self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance) -> None:
+    def send(
+        self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
+    ) -> None:
         """Write `segments`; call `arrived(index)` once the store has confirmed one."""
 
     def receive(self, spans: Iterable[Span], sink: Sink, advance: Advance) -> None:
@@ -1540,7 +1567,9 @@ class _LocalLane:
         with local_errors(path):
             self._stream = open_for_update(path) if writing else open(path, "rb", buffering=0)
 
-    def send(self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance) -> None:
+    def send(
+        self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
+    ) -> None:
         for index, data in segments:
             with local_errors(self._path):
                 self._stream.seek(index * SEGMENT_BYTES)
@@ -1620,14 +1649,14 @@ class Source(Protocol):
 class FileSource:
     """A file of this machine. It must not change while it is sent."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str = "") -> None:
         self.path = path
         with local_errors(path):
             self._status = os.stat(path)
         if not stat.S_ISREG(self._status.st_mode):
             raise UsageError(f"{printable(path)} is not a regular file")
         self.total = self.size = self._status.st_size
-        self.part_name = part_name(path.name)
+        self.part_name = name or part_name(path.name)
 
     def segments(self, progress: Progress) -> Iterator[bytes]:
         with local_errors(self.path), open(self.path, "rb") as stream:
@@ -1738,7 +1767,10 @@ class _SharedJobs(Iterator[T]):
 
 
 def run_lanes(
-    open_lane: Callable[[], Lane], count: int, jobs: Iterable[T], work: Callable[[Lane, Iterator[T]], None]
+    open_lane: Callable[[], Lane],
+    count: int,
+    jobs: Iterable[T],
+    work: Callable[[Lane, Iterator[T]], None],
 ) -> None:
     """Let up to `count` lanes work off `jobs`; raise the first error, after all have stopped.
 
@@ -1779,7 +1811,9 @@ class NoMoreSessionsError(TransferError):
 class _Outgoing(Iterator[Segment]):
     """Cuts a source into segments, hashes all of it, and skips what the destination holds."""
 
-    def __init__(self, blocks: Iterator[bytes], held: list[str], check: ContentCheck, advance: Advance) -> None:
+    def __init__(
+        self, blocks: Iterator[bytes], held: list[str], check: ContentCheck, advance: Advance
+    ) -> None:
         self.sha256 = hashlib.sha256()
         self.size = 0
         self.skipped = 0
@@ -1801,7 +1835,9 @@ class _Outgoing(Iterator[Segment]):
             self.arrived(index)
 
 
-def send_segments(store: Store, source: Source, part: str, held_bytes: int, progress: Progress) -> Moved:
+def send_segments(
+    store: Store, source: Source, part: str, held_bytes: int, progress: Progress
+) -> Moved:
     """Make `part` hold exactly the source's bytes, moving only segments it does not hold yet.
 
     It holds `held_bytes` bytes, right or wrong, from a run before. Raises IntegrityError when the
@@ -1812,7 +1848,11 @@ def send_segments(store: Store, source: Source, part: str, held_bytes: int, prog
     advance: Advance = progress.advance if source.size is not None else lambda count: None
     if source.size is not None:
         progress.begin("sending", source.total)
-    lanes = store.streams if source.size is None else min(store.streams, max(1, len(spans(source.size))))
+    lanes = (
+        store.streams
+        if source.size is None
+        else min(store.streams, max(1, len(spans(source.size))))
+    )
     blocks = source.segments(progress)
     outgoing = _Outgoing(blocks, held, check, advance)
     try:
@@ -1893,12 +1933,15 @@ class _Incoming:
     other remote file. `verified` tells which of those segments are still what the server has.
     """
 
-    def __init__(self, part: Path, remote: FileInfo, verified: Callable[[set[int]], set[int]]) -> None:
+    def __init__(
+        self, part: Path, remote: FileInfo, verified: Callable[[set[int]], set[int]]
+    ) -> None:
         self.part, self._remote = part, remote
         self._journal_path = part.with_name(part.name + ".journal")
         header = f"{remote.size} {remote.mtime} {SEGMENT_BYTES}"
         with local_errors(part):
             self._stream = open_for_update(part)
+            lock_part(self._stream, part)
             self.held = verified(self._journaled(header))
             self._stream.truncate(remote.size)
             self._journal = open(self._journal_path, "w", encoding="ascii")
@@ -1963,12 +2006,6 @@ class _Incoming:
         self._journal_path.unlink(missing_ok=True)
 
 
-def open_for_update(path: Path | str) -> IO[bytes]:
-    """Open a file for reading and writing in place; it is made when missing, never shortened."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-    return open(os.open(path, flags, 0o666), "r+b", buffering=0)
-
-
 def _still_same(store: Store, remote: FileInfo, part: Path, journaled: set[int]) -> set[int]:
     """Those segments of `part` that hash like the server's; all, where it computes no hashes."""
     if not journaled or not store.can_hash:
@@ -2009,7 +2046,9 @@ def fetch_segments(store: Store, remote: FileInfo, part: Path, progress: Progres
     return Moved(remote.size, moved, digest, how)
 
 
-def _check_fetched(store: Store, check: ContentCheck, remote: FileInfo, part: Path, digest: str) -> str:
+def _check_fetched(
+    store: Store, check: ContentCheck, remote: FileInfo, part: Path, digest: str
+) -> str:
     """Compare a fetched file with the server's, or with its own manifest; say how."""
     if store.can_hash:
         if check.result(remote.size) != digest:
@@ -2023,7 +2062,9 @@ def _check_fetched(store: Store, check: ContentCheck, remote: FileInfo, part: Pa
     return "its size only: the server runs no commands, and the file has no manifest"
 
 
-def deliver(store: Store, source: Source, target: str, progress: Progress, send: Sender = send_segments) -> Moved:
+def deliver(
+    store: Store, source: Source, target: str, progress: Progress, send: Sender = send_segments
+) -> Moved:
     """Bring `source` to the path `target` of the store: .part, content check, rename."""
     store.get_ready()
     folder = posixpath.dirname(target)
@@ -2056,14 +2097,29 @@ def deliver(store: Store, source: Source, target: str, progress: Progress, send:
 
 def _already_there(store: Store, source: Source, existing: FileInfo | None) -> Moved | None:
     """The stored file as an arrived one, when it has the source's size and content."""
-    if existing is None or not isinstance(source, FileSource) or existing.size != source.size or not store.can_hash:
+    if (
+        existing is None
+        or not isinstance(source, FileSource)
+        or existing.size != source.size
+        or not store.can_hash
+    ):
         return None
     check = store.check(existing.path)
     digest = file_sha256(source.path)
-    return Moved(existing.size, 0, digest, check.how) if check.result(existing.size) == digest else None
+    return (
+        Moved(existing.size, 0, digest, check.how)
+        if check.result(existing.size) == digest
+        else None
+    )
 
 
-def collect(store: Store, remote: FileInfo, folder: Path, progress: Progress, fetch: Fetcher = fetch_segments) -> Moved:
+def collect(
+    store: Store,
+    remote: FileInfo,
+    folder: Path,
+    progress: Progress,
+    fetch: Fetcher = fetch_segments,
+) -> Moved:
     """Bring a remote file into the local `folder`: .part, content check, rename.
 
     A file that is already there with the same content is left as it is.
@@ -2225,7 +2281,9 @@ class SSHConnection:
             errors = b"".join(iter(lambda: channel.recv_stderr(MIB), b""))
             return Completed(channel.recv_exit_status(), output, printable_lines(errors))
 
-    def open_session(self, timeout: float | None = None, window: int | None = None) -> paramiko.Channel:
+    def open_session(
+        self, timeout: float | None = None, window: int | None = None
+    ) -> paramiko.Channel:
         """A new channel; `timeout` limits each wait on it, `window` is its receive window."""
         transport = self.transport
         try:
@@ -2268,7 +2326,9 @@ class SSHConnection:
         try:
             with ssh_errors(self), contextlib.closing(self.open_command_session()) as channel:
                 channel.settimeout(self.settings.timeout)
-                channel.exec_command(shell_command(f"for tool in {words}; do command -v $tool; done"))
+                channel.exec_command(
+                    shell_command(f"for tool in {words}; do command -v $tool; done")
+                )
                 channel.shutdown_write()
                 return b"".join(iter(lambda: channel.recv(MIB), b"")).decode("utf-8", "replace")
         except TransferError:
@@ -2319,8 +2379,12 @@ class SSHConnection:
 
     def _make_transport(self, sock: Any, **options: Any) -> paramiko.Transport:
         # The default of 512 MB would mean hundreds of key exchanges in one big upload.
-        packetizer = type("Packetizer", (self.paramiko.packet.Packetizer,), {"REKEY_BYTES": REKEY_BYTES})
-        transport: paramiko.Transport = self.paramiko.Transport(sock, packetizer_class=packetizer, **options)
+        packetizer = type(
+            "Packetizer", (self.paramiko.packet.Packetizer,), {"REKEY_BYTES": REKEY_BYTES}
+        )
+        transport: paramiko.Transport = self.paramiko.Transport(
+            sock, packetizer_class=packetizer, **options
+        )
         security = transport.get_security_options()
         fast = [cipher for cipher in security.ciphers if "gcm" in cipher]
         security.ciphers = (*fast, *(c for c in security.ciphers if c not in fast))
@@ -2419,7 +2483,9 @@ def shell_command(script: str) -> bytes:
 
 def printable_lines(text: bytes) -> str:
     """Output of a server, made safe to show."""
-    return "; ".join(printable(line) for line in text.decode("utf-8", "replace").splitlines() if line)
+    return "; ".join(
+        printable(line) for line in text.decode("utf-8", "replace").splitlines() if line
+    )
 
 
 def _local_user() -> str:
@@ -2450,17 +2516,34 @@ def _translate_ssh(connection: SSHConnection, error: Exception) -> CloudError | 
     refused = isinstance(error, paramiko.AuthenticationException)
     if (refused or connection.settings.passphrase) and (locked := connection.locked_key()):
         why = "is wrong" if connection.settings.passphrase else "is needed"
-        return AccessError(f"the passphrase of {printable(locked)} {why}", f"ssh-add {shlex.quote(locked)}")
+        return AccessError(
+            f"the passphrase of {printable(locked)} {why}", f"ssh-add {shlex.quote(locked)}"
+        )
     if refused:
-        return AccessError(f"{name} refuses the login of {connection.user}: no offered key is accepted", f"{login}   (add --identity KEY, or install your key with ssh-copy-id)")
+        return AccessError(
+            f"{name} refuses the login of {connection.user}: no offered key is accepted",
+            f"{login}   (add --identity KEY, or install your key with ssh-copy-id)",
+        )
     if isinstance(error, socket.gaierror):
-        return ConnectError(f"the host {printable(connection.hostname)} does not resolve: {error.strerror}", "check --host, or PAPERSPACE_HOST in the environment or .env")
+        return ConnectError(
+            f"the host {printable(connection.hostname)} does not resolve: {error.strerror}",
+            "check --host, or PAPERSPACE_HOST in the environment or .env",
+        )
     if isinstance(error, ConnectionRefusedError):
-        return ConnectError(f"{where} refuses the connection", f"is the machine on, and is {connection.port} its SSH port? {login}")
+        return ConnectError(
+            f"{where} refuses the connection",
+            f"is the machine on, and is {connection.port} its SSH port? {login}",
+        )
     if not hasattr(connection, "_client"):
         if isinstance(error, (OSError, EOFError, paramiko.SSHException)):
-            return ConnectError(f"cannot connect to {where}: {printable(error) or 'no answer'}", f"try: {login}")
-        return AccessError(f"cannot log in to {where}: {printable(error)}", f"try: {login}") if isinstance(error, ValueError) else None
+            return ConnectError(
+                f"cannot connect to {where}: {printable(error) or 'no answer'}", f"try: {login}"
+            )
+        return (
+            AccessError(f"cannot log in to {where}: {printable(error)}", f"try: {login}")
+            if isinstance(error, ValueError)
+            else None
+        )
     if isinstance(error, (paramiko.SSHException, EOFError, OSError)):
         return connection.lost()
     return None
@@ -2517,7 +2600,10 @@ class KnownHosts:
 
     def _read(self, file: Path) -> None:
         hosts = self._connection.paramiko.hostkeys
-        with contextlib.suppress(FileNotFoundError), open(file, encoding="utf-8", errors="replace") as lines:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(file, encoding="utf-8", errors="replace") as lines,
+        ):
             for line in lines:
                 if line.startswith("@revoked"):
                     self._revoked += line.split()[2:4]
@@ -2577,7 +2663,9 @@ class KnownHosts:
                 content = stream.read()
                 gap = "" if not content or content.endswith(b"\n") else "\n"
                 stream.write(f"{gap}{self.entry} {key.get_name()} {key.get_base64()}\n".encode())
-        log.warning("remembered the host key of %s in %s: %s", self.entry, self.file, key.fingerprint)
+        log.warning(
+            "remembered the host key of %s in %s: %s", self.entry, self.file, key.fingerprint
+        )
 
 
 # ── SSH: stores ──────────────────────────────────────────────────────────────────────────────────
@@ -2614,7 +2702,11 @@ class SSHStore(Store):
     def check(self, path: str, growing: bool = False) -> ContentCheck:
         if not self.can_hash:
             return ReadBack(self, path)
-        return _GrowingCheck(self.connection, path) if growing else _CommandCheck(self.connection, path)
+        return (
+            _GrowingCheck(self.connection, path)
+            if growing
+            else _CommandCheck(self.connection, path)
+        )
 
     def require_unpacking(self) -> None:
         if not self.connection.sha256_command:
@@ -2642,7 +2734,9 @@ class SSHStore(Store):
         for text, kind in SHELL_ERRORS.items():
             if text in done.errors:
                 raise kind(f"{self.name} cannot {purpose}: {done.errors}")
-        raise TransferError(f"{self.name} cannot {purpose}: {done.errors or f'status {done.status}'}", SAME_COMMAND)
+        raise TransferError(
+            f"{self.name} cannot {purpose}: {done.errors or f'status {done.status}'}", SAME_COMMAND
+        )
 
     def close(self) -> None:
         self.connection.close()
@@ -2656,6 +2750,9 @@ SHELL_ERRORS: dict[str, type[CloudError]] = {
     "WARNING: ": IntegrityError,  # sha256sum -c: computed checksums did NOT match
     "FAILED": IntegrityError,
     "No such file": NotFoundError,
+    "no manifest in it": IntegrityError,
+    "gzip: ": IntegrityError,
+    "tar: ": IntegrityError,
 }
 
 
@@ -2692,7 +2789,10 @@ class _CommandCheck:
             self._answer.set_exception(error)
 
     def _hash(self) -> str:
-        with ssh_errors(self._connection), contextlib.closing(self._connection.open_command_session()) as channel:
+        with (
+            ssh_errors(self._connection),
+            contextlib.closing(self._connection.open_command_session()) as channel,
+        ):
             channel.exec_command(shell_command(self._script()))
             for line in iter(self._input.get, b""):
                 channel.sendall(line)
@@ -2817,9 +2917,13 @@ class SFTPStore(SSHStore):
                 name, _ = os.fsdecode(answer.string()), answer.string()
                 info = answer.file_info(posixpath.join(folder, name) if folder != "." else name)
                 if "/" in name or "\0" in name:
-                    raise IntegrityError(f"{self.name} lists a hostile file name: {printable(name)!r}")
+                    raise IntegrityError(
+                        f"{self.name} lists a hostile file name: {printable(name)!r}"
+                    )
                 if name not in (".", ".."):
-                    (links if answer.is_link else infos).append(info.path if answer.is_link else info)  # type: ignore[arg-type]
+                    (links if answer.is_link else infos).append(
+                        info.path if answer.is_link else info
+                    )  # type: ignore[arg-type]
         control.ask(SFTP.CLOSE, handle, SFTP.STATUS, folder)
         return infos + [info for info in self.infos(*links) if info is not None]
 
@@ -2832,14 +2936,18 @@ class SFTPStore(SSHStore):
             no_attributes = struct.pack(">I", 0)
             control.ask(SFTP.MKDIR, control.string(folder) + no_attributes, SFTP.STATUS, folder)
         elif not info.is_folder:
-            raise UsageError(f"{printable(folder)} on {self.name} is not a folder", "choose another --path")
+            raise UsageError(
+                f"{printable(folder)} on {self.name} is not a folder", "choose another --path"
+            )
 
     def free_bytes(self, folder: str) -> int | None:
         control = self.control
         if b"statvfs@openssh.com" not in control.extensions:
             return None
         request = control.string("statvfs@openssh.com") + control.string(folder)
-        _, unit, _, _, free, *_ = control.ask(SFTP.EXTENDED, request, SFTP.EXTENDED_REPLY, folder).longs(11)
+        _, unit, _, _, free, *_ = control.ask(
+            SFTP.EXTENDED, request, SFTP.EXTENDED_REPLY, folder
+        ).longs(11)
         return unit * free
 
     def truncate(self, path: str, size: int) -> None:
@@ -2924,7 +3032,9 @@ class _SFTPChannel:
 
     def __init__(self, connection: SSHConnection, channel: paramiko.Channel | None = None) -> None:
         self.connection = connection
-        self._channel = channel or connection.open_session(connection.settings.timeout, self.WINDOW_BYTES)
+        self._channel = channel or connection.open_session(
+            connection.settings.timeout, self.WINDOW_BYTES
+        )
         self._channel.in_buffer = _ChunkPipe()  # type: ignore[assignment]
         self._received = memoryview(b"")
         self._last_id = 0
@@ -2980,7 +3090,9 @@ class _SFTPChannel:
         if status == SFTP.NO_SUCH_FILE:
             return NotFoundError(f"{shown} does not exist", list_hint(path))
         if status == SFTP.PERMISSION_DENIED:
-            return AccessError(f"{shown}: permission denied", "choose another --path, or check the rights there")
+            return AccessError(
+                f"{shown}: permission denied", "choose another --path, or check the rights there"
+            )
         return TransferError(f"{shown}: the server answers: {text}", SAME_COMMAND)
 
     def header(self) -> tuple[int, int]:
@@ -3044,7 +3156,11 @@ class _SFTPLane:
     MAX_WAITING_BYTES = 8 * SEGMENT_BYTES
 
     def __init__(
-        self, channel: _SFTPChannel, path: str, writing: bool, give_back: Callable[[], None] | None = None
+        self,
+        channel: _SFTPChannel,
+        path: str,
+        writing: bool,
+        give_back: Callable[[], None] | None = None,
     ) -> None:
         self._sftp, self._path, self._give_back = channel, path, give_back
         self._idle = True
@@ -3055,7 +3171,9 @@ class _SFTPLane:
         request = channel.string(path) + struct.pack(">II", flags, 0)
         self._handle = channel.ask(SFTP.OPEN, request, SFTP.HANDLE, path).rest()
 
-    def send(self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance) -> None:
+    def send(
+        self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
+    ) -> None:
         waiting: dict[int, Span] = {}  # request → segment, bytes
         unconfirmed: dict[int, int] = {}  # segment → bytes
         sftp, self._idle = self._sftp, False
@@ -3065,7 +3183,9 @@ class _SFTPLane:
                 block = data[start : start + sftp.step]
                 self._limiter.take(len(block))
                 head = struct.pack(">QI", number * SEGMENT_BYTES + start, len(block))
-                waiting[sftp.request(SFTP.WRITE, self._handle + head + block)] = Span(number, len(block))
+                waiting[sftp.request(SFTP.WRITE, self._handle + head + block)] = Span(
+                    number, len(block)
+                )
                 while sftp.has_answers() or sum(unconfirmed.values()) > self.MAX_WAITING_BYTES:
                     self._confirm(waiting, unconfirmed, arrived, advance)
         while waiting:
@@ -3113,7 +3233,9 @@ class _SFTPLane:
             head = struct.pack(">QI", at, count)
             requests[self._sftp.request(SFTP.READ, self._handle + head)] = Span(at, count)
 
-    def _take_data(self, requests: dict[int, Span], sink: Sink, advance: Advance) -> tuple[int, int]:
+    def _take_data(
+        self, requests: dict[int, Span], sink: Sink, advance: Advance
+    ) -> tuple[int, int]:
         """Pass one answer to a read on to `sink`; ask again for what a short answer left out."""
         sftp = self._sftp
         rest, kind = sftp.header()
@@ -3122,7 +3244,9 @@ class _SFTPLane:
             sftp.expect(SFTP.DATA, kind, _Answer(sftp.read(rest - 4)), self._path)
         length = sftp.number()
         if not 0 < length <= wanted:
-            raise TransferError(f"{sftp.connection.name} sends {length} bytes for {wanted}", SAME_COMMAND)
+            raise TransferError(
+                f"{sftp.connection.name} sends {length} bytes for {wanted}", SAME_COMMAND
+            )
         self._limiter.take(length)
         sftp.read_into(self._buffer[:length])
         if length < wanted:
@@ -3158,7 +3282,10 @@ class ShellStore(SSHStore):
 
     def _look(self, path: str) -> FileInfo | None:
         quoted_path = quoted(path)
-        output = self.command(f"[ -e {quoted_path} ] || exit 0; {_stat_script(quoted_path)}", f"look at {printable(path)}")
+        output = self.command(
+            f"[ -e {quoted_path} ] || exit 0; {_stat_script(quoted_path)}",
+            f"look at {printable(path)}",
+        )
         return _parse_stat(path, output.decode()) if output.strip() else None
 
     def entries(self, folder: str) -> list[FileInfo]:
@@ -3186,7 +3313,9 @@ class ShellStore(SSHStore):
         return _ShellLane(self, path)
 
     def truncate(self, path: str, size: int) -> None:
-        self.command(f"dd if=/dev/null of={quoted(path)} bs=1 count=0 seek={size} 2>/dev/null", "cut a file")
+        self.command(
+            f"dd if=/dev/null of={quoted(path)} bs=1 count=0 seek={size} 2>/dev/null", "cut a file"
+        )
 
     def replace(self, part: str, target: str) -> None:
         self.command(f"mv -f {quoted(part)} {quoted(target)}", f"rename to {printable(target)}")
@@ -3194,7 +3323,9 @@ class ShellStore(SSHStore):
     def scp_client(self) -> Any:
         """A client of the old scp protocol on this connection."""
         transport = self.connection.transport
-        return self._scp.SCPClient(transport, buff_size=32 * KIB, socket_timeout=self.connection.settings.timeout)
+        return self._scp.SCPClient(
+            transport, buff_size=32 * KIB, socket_timeout=self.connection.settings.timeout
+        )
 
 
 def _stat_script(path: str) -> str:
@@ -3214,7 +3345,9 @@ class _ShellLane:
     def __init__(self, store: ShellStore, path: str) -> None:
         self._store, self._path = store, path
 
-    def send(self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance) -> None:
+    def send(
+        self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
+    ) -> None:
         connection, path = self._store.connection, quoted(self._path)
         self._store.command(f": >> {path}", f"write {printable(self._path)}")
         for index, data in segments:
@@ -3238,7 +3371,9 @@ class _ShellLane:
     def receive(self, spans: Iterable[Span], sink: Sink, advance: Advance) -> None:
         for index, length in spans:
             self._store.connection.limiter.take(length)
-            script = f"dd if={quoted(self._path)} bs={SEGMENT_BYTES} skip={index} count=1 2>/dev/null"
+            script = (
+                f"dd if={quoted(self._path)} bs={SEGMENT_BYTES} skip={index} count=1 2>/dev/null"
+            )
             data = self._store.command(script, f"read {printable(self._path)}")
             require_length(data, length, self._path)
             sink.write(index * SEGMENT_BYTES, data)
@@ -3281,14 +3416,22 @@ def open_store(settings: SSHSettings, method: str) -> Store:
 # ── rsync ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def rsync_send(store: Store, source: Source, part: str, held_bytes: int, progress: Progress) -> Moved:
+def rsync_send(
+    store: Store, source: Source, part: str, held_bytes: int, progress: Progress
+) -> Moved:
     """The counterpart of send_segments: the system's rsync over the system's ssh."""
     if not isinstance(store, SSHStore) or not isinstance(source, FileSource):
         raise UsageError("rsync sends a file to a server; for a folder here use --method local")
+    if not store.can_hash:
+        raise AccessError(
+            f"{store.name} runs no commands, and rsync needs one there", "use --method scp"
+        )
     digest = file_sha256(source.path)
     progress.begin("sending", source.size)
     try:
-        moved = _run_rsync(store, _local_argument(source.path), _remote_argument(store, part), progress)
+        moved = _run_rsync(
+            store, _local_argument(source.path), _remote_argument(store, part), progress
+        )
     finally:
         progress.end()
     how = _compare(store, store.check(part), part, source.total, digest)
@@ -3299,10 +3442,16 @@ def rsync_fetch(store: Store, remote: FileInfo, part: Path, progress: Progress) 
     """The counterpart of fetch_segments: the system's rsync over the system's ssh."""
     if not isinstance(store, SSHStore):
         raise UsageError("rsync fetches from a server; for a folder here use --method local")
+    if not store.can_hash:
+        raise AccessError(
+            f"{store.name} runs no commands, and rsync needs one there", "use --method scp"
+        )
     check = store.check(remote.path)
     progress.begin("fetching", remote.size)
     try:
-        moved = _run_rsync(store, _remote_argument(store, remote.path), _local_argument(part), progress)
+        moved = _run_rsync(
+            store, _remote_argument(store, remote.path), _local_argument(part), progress
+        )
     finally:
         progress.end()
     digest = file_sha256(part)
@@ -3328,7 +3477,9 @@ def _run_rsync(store: SSHStore, origin: str, destination: str, progress: Progres
     """Run rsync, showing its progress; return the bytes it moved. Continues a partial file."""
     program = shutil.which("rsync")
     if program is None:
-        raise MissingPackageError("rsync is not installed here", "apt-get install rsync, or use --method scp")
+        raise MissingPackageError(
+            "rsync is not installed here", "apt-get install rsync, or use --method scp"
+        )
     settings = store.connection.settings
     limit = [f"--bwlimit={max(1, settings.limit_rate // KIB)}"] if settings.limit_rate else []
     with _rsync_shell(store.connection) as shell:
@@ -3370,7 +3521,9 @@ def _follow_rsync(process: subprocess.Popen[bytes], progress: Progress) -> Compl
 def _rsync_shell(connection: SSHConnection) -> Iterator[str]:
     """The ssh command line for rsync -e: the connection's settings and the very key it verified."""
     if shutil.which("ssh") is None:
-        raise MissingPackageError("ssh is not installed here", "apt-get install openssh-client, or use --method scp")
+        raise MissingPackageError(
+            "ssh is not installed here", "apt-get install openssh-client, or use --method scp"
+        )
     key = connection.transport.get_remote_server_key()
     with tempfile.TemporaryDirectory(prefix="cloud_services-") as folder:
         known_hosts = Path(folder, "known_hosts")
@@ -3399,14 +3552,18 @@ def _rsync_quoted(word: str) -> str:
 
 
 def _rsync_error(store: SSHStore, status: int, errors: str) -> CloudError:
-    """rsync's exit values (rsync(1)) as errors."""
+    """Rsync's exit values (rsync(1)) as errors."""
     if "command not found" in errors or "rsync: not found" in errors or status == 127:
-        return MissingPackageError(f"rsync is not installed on {store.name}", "install it there, or use --method scp")
+        return MissingPackageError(
+            f"rsync is not installed on {store.name}", "install it there, or use --method scp"
+        )
     for text, kind in SHELL_ERRORS.items():
         if text in errors:
             return kind(f"rsync: {errors}", SAME_COMMAND)
     if status in (10, 12, 30, 35, 255):
-        return LinkLostError(f"rsync lost {store.name}: {errors or f'status {status}'}", SAME_COMMAND)
+        return LinkLostError(
+            f"rsync lost {store.name}: {errors or f'status {status}'}", SAME_COMMAND
+        )
     return TransferError(f"rsync failed with status {status}: {errors}", SAME_COMMAND)
 
 
@@ -3503,7 +3660,9 @@ class _Paperspace:
 
     def _session(self, method: str) -> contextlib.closing[_Session]:
         if method not in METHODS:
-            raise UsageError(f"{printable(method)!r} is no method", f"use one of {', '.join(METHODS)}")
+            raise UsageError(
+                f"{printable(method)!r} is no method", f"use one of {', '.join(METHODS)}"
+            )
         return contextlib.closing(_Session(lambda: open_store(self.settings, method)))
 
     @staticmethod
@@ -3513,7 +3672,13 @@ class _Paperspace:
             raise UsageError("a path cannot hold a NUL byte")
         if method == "local":
             return os.path.expanduser(path)
-        return path.removeprefix("~/") or "." if path.startswith("~/") else "." if path == "~" else path
+        return (
+            path.removeprefix("~/") or "."
+            if path.startswith("~/")
+            else "."
+            if path == "~"
+            else path
+        )
 
 
 def _listing(store: Store, path: str) -> list[FileInfo]:
@@ -3574,18 +3739,23 @@ class PaperspaceUploader(_Paperspace):
     create_training_archive = create_paperspace_training_archive
     upload_training_data = upload_paperspace_training_data
 
-    def _source(self, archive: str | Path | Plan, method: str, stack: contextlib.ExitStack) -> Source:
+    def _source(
+        self, archive: str | Path | Plan, method: str, stack: contextlib.ExitStack
+    ) -> Source:
         if not isinstance(archive, Plan):
             return FileSource(Path(archive))
         if method != "rsync":
             return PackSource(archive, "training_data")
         if shutil.which("rsync") is None:
-            raise MissingPackageError("rsync is not installed here", "apt-get install rsync, or use --method scp")
-        # rsync needs a file; the same name in every run lets it continue its own partial file.
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".upload-", dir="."))
-        file = Path(folder, "training_data.tar.gz")
+            raise MissingPackageError(
+                "rsync is not installed here", "apt-get install rsync, or use --method scp"
+            )
+        # rsync needs a file; its name is the same in every run, so that a killed one leaves no second.
+        name = PackSource(archive, "training_data").part_name
+        file = Path(name.removesuffix(".part") + ".tar.gz.part")
+        stack.callback(file.unlink, missing_ok=True)
         create_archive(archive, file, self.progress)
-        return FileSource(file)
+        return FileSource(file, name)
 
     def _target(self, archive: str | Path | Plan, method: str) -> str:
         path = self._remote_path(self.settings.path, method)
@@ -3594,7 +3764,9 @@ class PaperspaceUploader(_Paperspace):
         name = timestamped("training_data") if isinstance(archive, Plan) else Path(archive).name
         return posixpath.join(path, name)
 
-    def _upload(self, store: Store, source: Source, target: str, send: Sender, extract: bool) -> Moved:
+    def _upload(
+        self, store: Store, source: Source, target: str, send: Sender, extract: bool
+    ) -> Moved:
         if extract:
             store.require_unpacking()
         moved = deliver(store, source, target, self.progress, send)
@@ -3617,9 +3789,13 @@ class PaperspaceDownloader(_Paperspace):
         self, output: str | Path | None = None, exclude: Sequence[str] = ()
     ) -> ArchiveResult:
         """Pack the results into `output` (default: results_YYYYMMDD_HHMMSS.tar.gz)."""
-        return create_archive(self.plan_results(exclude), output or timestamped("results"), self.progress)
+        return create_archive(
+            self.plan_results(exclude), output or timestamped("results"), self.progress
+        )
 
-    def find_results(self, remote: str, method: str = "scp", newest: bool = False) -> list[FileInfo]:
+    def find_results(
+        self, remote: str, method: str = "scp", newest: bool = False
+    ) -> list[FileInfo]:
         """The remote files a path or a glob means. Raises NotFoundError when there is none."""
         where = self._remote_path(remote, method)
         with self._session(method) as session:
@@ -3660,9 +3836,13 @@ class PaperspaceDownloader(_Paperspace):
         files = [info for info in found if not info.is_folder]
         if found and not files:
             example = shlex.quote(posixpath.join(path, "results_*.tar.gz"))
-            raise UsageError(f"{printable(path)} on {store.name} is a folder", f"name files: --path {example}")
+            raise UsageError(
+                f"{printable(path)} on {store.name} is a folder", f"name files: --path {example}"
+            )
         if not files:
-            raise NotFoundError(f"no file matches {printable(path)} on {store.name}", list_hint(path))
+            raise NotFoundError(
+                f"no file matches {printable(path)} on {store.name}", list_hint(path)
+            )
         return [max(files, key=lambda info: (info.mtime, info.path))] if newest else files
 
     def _download(
@@ -3753,7 +3933,9 @@ class Console:
         if self.assume_yes:
             return True
         if not self.interactive:
-            raise UsageError(f"{question} Nobody can answer: standard input is no terminal", f"add {flag}")
+            raise UsageError(
+                f"{question} Nobody can answer: standard input is no terminal", f"add {flag}"
+            )
         print(f"{question} [Y/n] ", end="", file=sys.stderr, flush=True)
         answer = sys.stdin.readline()
         if not answer:
@@ -3822,7 +4004,9 @@ class BarProgress(Progress):
         self._lock = threading.Lock()
 
     def begin(self, what: str, total: int | None) -> None:
-        self._bar = self._tqdm(total=total, desc=what, unit="B", unit_scale=True, file=sys.stderr, leave=False)
+        self._bar = self._tqdm(
+            total=total, desc=what, unit="B", unit_scale=True, file=sys.stderr, leave=False
+        )
 
     def advance(self, count: int) -> None:
         with self._lock:
@@ -3867,7 +4051,9 @@ class LineProgress(Progress):
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns))
+        super().__init__(
+            prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns)
+        )
 
 
 def _common_options() -> argparse.ArgumentParser:
@@ -3947,14 +4133,18 @@ def _seconds(text: str) -> float:
 
 # ── commands ─────────────────────────────────────────────────────────────────────────────────────
 
-WORKSPACE = Argument("--workspace", default="workspace", metavar="DIR", help="the workspace (default: workspace)")
+WORKSPACE = Argument(
+    "--workspace", default="workspace", metavar="DIR", help="the workspace (default: workspace)"
+)
 EXCLUDE = Argument(
     "--exclude", action="append", default=[], metavar="GLOB",
     help="leave out what matches: a name at any depth, or with a slash a path in the workspace; repeatable",
 )  # fmt: skip
 DRY_RUN = Argument("--dry-run", action="store_true", help="only show what would be done")
 TICKS = (
-    Argument("--include-ticks", action="store_true", help="include raw_data/ticks/, after a question"),
+    Argument(
+        "--include-ticks", action="store_true", help="include raw_data/ticks/, after a question"
+    ),
     Argument("--include-cache", action="store_true", help="include raw_data/cache/"),
     Argument("--no-ask-ticks", action="store_true", help="include ticks without the question"),
 )
@@ -3978,7 +4168,12 @@ METHOD = Argument(
 
 
 def _output(stem: str) -> Argument:
-    return Argument("-o", "--output", metavar="FILE", help=f"the archive (default: {stem}_YYYYMMDD_HHMMSS.tar.gz)")
+    return Argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help=f"the archive (default: {stem}_YYYYMMDD_HHMMSS.tar.gz)",
+    )
 
 
 @command("create-training-archive", _output("training_data"), *TICKS, WORKSPACE, EXCLUDE, DRY_RUN)
@@ -4015,7 +4210,11 @@ def upload_training(args: argparse.Namespace, console: Console) -> Outcome:
     archive = Path(args.archive) if args.archive else _agreed_training_plan(args, console)
     if args.dry_run:
         where = f"{uploader.settings.host}:{uploader.settings.path} by {args.method}"
-        return _plan_outcome(archive, where) if isinstance(archive, Plan) else _file_outcome(archive, where)
+        return (
+            _plan_outcome(archive, where)
+            if isinstance(archive, Plan)
+            else _file_outcome(archive, where)
+        )
     if isinstance(archive, Plan):
         _list_left_out(archive.left_out, console)
     result = uploader.upload_paperspace_training_data(archive, args.method, args.extract)
@@ -4051,7 +4250,9 @@ def create_results_archive(args: argparse.Namespace, console: Console) -> Outcom
     if args.dry_run:
         return _plan_outcome(plan, output)
     result = create_archive(plan, output, console.progress())
-    return _archive_outcome(result, f"download-results --path {_shown(result.path.resolve())}", console)
+    return _archive_outcome(
+        result, f"download-results --path {_shown(result.path.resolve())}", console
+    )
 
 
 @command(
@@ -4081,7 +4282,7 @@ def download_results(args: argparse.Namespace, console: Console) -> Outcome:
 
 
 @command(
-    "extract-archive", Argument("archive", metavar="ARCHIVE"),
+    "extract-archive", Argument("archive", metavar="ARCHIVE", help="a .tar.gz file"),
     Argument("--into", default=".", metavar="DIR", help="the folder to unpack into (default: .)"),
 )  # fmt: skip
 def extract_archive_command(args: argparse.Namespace, console: Console) -> Outcome:
@@ -4093,7 +4294,7 @@ def extract_archive_command(args: argparse.Namespace, console: Console) -> Outco
     return _check_outcome(extract_archive(args.archive, args.into, console.progress()))
 
 
-@command("verify-archive", Argument("archive", metavar="ARCHIVE"))
+@command("verify-archive", Argument("archive", metavar="ARCHIVE", help="a .tar.gz file"))
 def verify_archive_command(args: argparse.Namespace, console: Console) -> Outcome:
     """Read an archive to its end and compare every file with the manifest inside it."""
     return _check_outcome(verify_archive(args.archive, console.progress()))
@@ -4111,7 +4312,16 @@ def _connection(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The keyword arguments of PaperspaceUploader and PaperspaceDownloader from parsed flags."""
     given = {
         name: getattr(args, name, None)
-        for name in ("host", "user", "port", "identity", "streams", "limit_rate", "host_key", "timeout")
+        for name in (
+            "host",
+            "user",
+            "port",
+            "identity",
+            "streams",
+            "limit_rate",
+            "host_key",
+            "timeout",
+        )
     }
     given["accept_new_host_key"] = args.accept_new_host_key
     given["workspace"] = getattr(args, "workspace", "workspace")
@@ -4119,6 +4329,13 @@ def _connection(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if console.interactive:
         given["ask_passphrase"] = console.ask_passphrase
     return given
+
+
+def _given_connection(args: argparse.Namespace) -> str:
+    """The connection flags of a command line, to be repeated in the next one."""
+    given = ((name, getattr(args, name, None)) for name in ("host", "port", "user", "identity"))
+    words = [f" --{name} {shlex.quote(str(value))}" for name, value in given if value]
+    return "".join([*words, " --method local" if args.method == "local" else ""])
 
 
 def _agreed_training_plan(args: argparse.Namespace, console: Console) -> Plan:
@@ -4168,7 +4385,11 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
 
 def _file_outcome(archive: Path, target: str) -> Outcome:
     source = FileSource(archive)
-    rows = [("would send", _shown(archive)), ("to", printable(target)), ("bytes", f"{source.size:,}")]
+    rows = [
+        ("would send", _shown(archive)),
+        ("to", printable(target)),
+        ("bytes", f"{source.size:,}"),
+    ]
     return Outcome({"target": target, "archive": archive, "bytes": source.size}, rows)
 
 
@@ -4213,11 +4434,12 @@ def _upload_outcome(result: TransferResult, settings: SSHSettings, method: str) 
     folder, name = posixpath.split(result.target)
     unpack = f"cd {shlex.quote(folder or '.')} && tar -xzf {shlex.quote('./' + name)} && sha256sum -c {TRAINING_MANIFEST}"
     if result.extracted:
-        unpack = f"cd {shlex.quote(folder or '.')} && python full_pipeline.py --skip-prepare"
+        unpack = f"cd {shlex.quote(folder or '.')} && python3 full_pipeline.py --skip-prepare"
     if method != "local":
         login = f"{settings.user}@{settings.host}" if settings.user else settings.host
         port = f"-p {settings.port} " if settings.port else ""
-        unpack = f"ssh {port}{login} {shlex.quote(unpack)}"
+        key = f"-i {shlex.quote(settings.identity)} " if settings.identity else ""
+        unpack = f"ssh {port}{key}{login} {shlex.quote(unpack)}"
     return Outcome(result, _transfer_rows(result), next_command=unpack)
 
 
@@ -4225,12 +4447,25 @@ def _download_outcome(result: DownloadResult) -> Outcome:
     rows = [row for file in result.files for row in _transfer_rows(file)]
     rows += [("failed", printable(failure)) for failure in result.failures]
     last = result.files[-1] if result.files else None
-    following = "" if not last or last.extracted else f"python cloud_services.py extract-archive {_shown(last.target)}"
-    return Outcome(result, rows, next_command=following, exit_code=ExitCode.DONE if result else ExitCode.PARTIAL)
+    following = (
+        ""
+        if not last or last.extracted
+        else f"python cloud_services.py extract-archive {_shown(last.target)}"
+    )
+    return Outcome(
+        result,
+        rows,
+        next_command=following,
+        exit_code=ExitCode.DONE if result else ExitCode.PARTIAL,
+    )
 
 
 def _check_outcome(result: ArchiveCheck) -> Outcome:
-    how = f"every file matches {result.manifest}" if result.manifest else "gzip's checksum only: it has no manifest"
+    how = (
+        f"every file matches {result.manifest}"
+        if result.manifest
+        else "gzip's checksum only: it has no manifest"
+    )
     rows = [
         ("archive", printable(result.path)),
         *_amount(result.files, result.bytes, result.seconds),
@@ -4238,18 +4473,24 @@ def _check_outcome(result: ArchiveCheck) -> Outcome:
         ("verified", how),
         *([("unpacked in", printable(result.into))] if result.into else []),
     ]
-    following = "" if result.into else f"python cloud_services.py extract-archive {_shown(result.path)}"
+    following = (
+        "" if result.into else f"python cloud_services.py extract-archive {_shown(result.path)}"
+    )
     return Outcome(result, rows, next_command=following)
 
 
 def _option_words(entry: Command) -> list[str]:
-    flags = [flag for argument in entry.arguments for flag in argument.flags if flag.startswith("-")]
+    flags = [
+        flag for argument in entry.arguments for flag in argument.flags if flag.startswith("-")
+    ]
     return sorted([*flags, "--help", "--json", "--quiet", "--verbose", "--yes"])
 
 
 def completion_script(shell: str, words: Mapping[str, Sequence[str]]) -> str:
     """A completion function for cloud_services.py and cloud-services; zsh uses bash's by bashcompinit."""
-    cases = "\n".join(f"        {name}) options='{' '.join(flags)}' ;;" for name, flags in words.items())
+    cases = "\n".join(
+        f"        {name}) options='{' '.join(flags)}' ;;" for name, flags in words.items()
+    )
     head = "autoload -Uz bashcompinit && bashcompinit\n" if shell == "zsh" else ""
     return f"""{head}_cloud_services() {{
     local current="${{COMP_WORDS[COMP_CWORD]}}" options='' word
@@ -4259,7 +4500,7 @@ def completion_script(shell: str, words: Mapping[str, Sequence[str]]) -> str:
         esac
     done
     if [ -z "$options" ]; then
-        COMPREPLY=($(compgen -W '{' '.join(words)}' -- "$current"))
+        COMPREPLY=($(compgen -W '{" ".join(words)}' -- "$current"))
     elif [ "${{current:0:1}}" = - ]; then
         COMPREPLY=($(compgen -W "$options" -- "$current"))
     else
@@ -4316,6 +4557,8 @@ def _run(argv: Sequence[str] | None) -> int:
             console.show(outcome)
         return outcome.exit_code
     except CloudError as error:
+        if "list-remote-files" in error.hint:  # below nobody knows the flags that led there
+            error.hint += _given_connection(args)
         with _written_out():
             console.show_error(error)
         return error.exit_code
@@ -4348,4 +4591,6 @@ def _log_to_stderr(console: Console) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.propagate = False
-    log.setLevel(logging.DEBUG if console.verbose else logging.ERROR if console.quiet else logging.WARNING)
+    log.setLevel(
+        logging.DEBUG if console.verbose else logging.ERROR if console.quiet else logging.WARNING
+    )

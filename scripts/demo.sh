@@ -11,12 +11,17 @@ mkdir -p .demo/storage .demo/box .demo/laptop
 step() {
     printf '\n\033[1m%s\033[0m\n' "$1"
     shift
-    printf '$ python cloud_services.py %s\n' "$*"
+    printf '$ python cloud_services.py'
+    for word; do
+        case "$word" in (*[*?]*) word="'$word'" ;; esac
+        printf ' %s' "$word"
+    done
+    printf '\n'
     "$python" "$tool" "$@"
 }
 
 echo "A sample workspace: feature CSVs, ticks, checkpoints, metrics, logs"
-"$python" benchmarks/sample_workspace.py .demo/laptop --megabytes 40 --ticks-megabytes 8
+"$python" benchmarks/sample_workspace.py .demo/laptop/workspace --megabytes 40 --ticks-megabytes 8
 
 cd .demo/laptop
 step "1. What would be sent, and what stays here" \

@@ -870,7 +870,7 @@ class AtUnpacking(Progress):
     def __init__(self, act: Callable[[], object]) -> None:
         self.act = act
 
-    def begin(self, what: str, total: int | None) -> None:  # noqa: ARG002
+    def begin(self, what: str, total: int | None) -> None:
         if what == "unpacking":
             self.act()
 

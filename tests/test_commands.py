@@ -695,7 +695,7 @@ def test_help_prints_no_setting_of_the_environment(call: Run) -> None:
             command,
             "--help",
             PAPERSPACE_HOST="canary.example",
-            PAPERSPACE_PASSPHRASE="canary",  # noqa: S106
+            PAPERSPACE_PASSPHRASE="canary",
         )
         assert "canary" not in result.stdout
 

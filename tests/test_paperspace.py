@@ -21,7 +21,17 @@ from hypothesis import strategies as st
 import cloud_services
 from cloud_services import PaperspaceDownloader, PaperspaceUploader
 from tests.servers import SSHServer
-from tests.support import ROOT, cli, document, environment, flags, parts, random_file, sha256, workspace
+from tests.support import (
+    ROOT,
+    cli,
+    document,
+    environment,
+    flags,
+    parts,
+    random_file,
+    sha256,
+    workspace,
+)
 
 HOSTILE = [
     "sp ace", "quo'te\"s", "$(touch evil)", "`touch evil`", "-rf", "--help", "new\nline", "smile🙂", "a;b|c&d",
@@ -85,7 +95,9 @@ python cloud_services.py download-results \
 
 
 @pytest.mark.parametrize("line", re.split(r"\n(?=python )", GUIDE.strip()))
-def test_every_command_line_of_the_guide_runs_as_printed(server: SSHServer, tmp_path: Path, line: str) -> None:
+def test_every_command_line_of_the_guide_runs_as_printed(
+    server: SSHServer, tmp_path: Path, line: str
+) -> None:
     """On a terminal where Enter is pressed at a question. Only /storage and the login are the test's."""
     workspace(tmp_path)
     random_file(server.storage / "results_20240101.tar.gz", 1000)
@@ -97,7 +109,9 @@ def test_every_command_line_of_the_guide_runs_as_printed(server: SSHServer, tmp_
     (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (tmp_path / "bin/python").chmod(0o755)
     (tmp_path / "cloud_services.py").symlink_to(ROOT / "cloud_services.py")
-    line = line.replace("/storage/", f"{server.storage}/").replace("--user paperspace", f"--user {server.user}")
+    line = line.replace("/storage/", f"{server.storage}/").replace(
+        "--user paperspace", f"--user {server.user}"
+    )
     env = {**server.environment, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     status, shown = on_a_terminal(["sh", "-c", line], tmp_path, env, answer=b"\n")
     assert status == 0, shown
@@ -105,7 +119,9 @@ def test_every_command_line_of_the_guide_runs_as_printed(server: SSHServer, tmp_
     assert b"next: " in shown or b"list-remote-files" in line.encode()
 
 
-def on_a_terminal(command: list[str], cwd: Path, env: dict[str, str], answer: bytes) -> tuple[int, bytes]:
+def on_a_terminal(
+    command: list[str], cwd: Path, env: dict[str, str], answer: bytes
+) -> tuple[int, bytes]:
     """Run a command on a pseudo-terminal, answering one question."""
     pid, terminal = pty.fork()
     if pid == 0:
@@ -129,10 +145,19 @@ def on_a_terminal(command: list[str], cwd: Path, env: dict[str, str], answer: by
 
 def test_the_guide_s_unpacking_works_on_the_server(server: SSHServer, tmp_path: Path) -> None:
     workspace(tmp_path)
-    sent = cli("upload-training", *flags(server), "--path", f"{server.storage}/", server=server, cwd=tmp_path)
+    sent = cli(
+        "upload-training",
+        *flags(server),
+        "--path",
+        f"{server.storage}/",
+        server=server,
+        cwd=tmp_path,
+    )
     assert sent.returncode == 0, sent.stderr
     line = "tar -xzf training_data_*.tar.gz && sha256sum -c training.sha256"
-    done = subprocess.run(["sh", "-c", line], cwd=server.storage, check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sh", "-c", line], cwd=server.storage, check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": OK") == 3
 
@@ -141,7 +166,10 @@ def test_the_guide_s_unpacking_works_on_the_server(server: SSHServer, tmp_path: 
 
 
 def test_the_guide_s_python_runs_as_printed(
-    server: SSHServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    server: SSHServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     workspace(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -180,12 +208,16 @@ def test_library_errors_are_exceptions_with_an_exit_code_and_a_hint(tmp_path: Pa
     assert caught.value.exit_code == 4
     assert caught.value.hint
     with pytest.raises(cloud_services.UsageError):
-        PaperspaceUploader("x.invalid", workspace=workspace(tmp_path)).upload_training_data(method="carrier-pigeon")
+        PaperspaceUploader("x.invalid", workspace=workspace(tmp_path)).upload_training_data(
+            method="carrier-pigeon"
+        )
 
 
 def test_without_an_archive_the_three_features_are_sent(tmp_path: Path) -> None:
     root = workspace(tmp_path)
-    result = PaperspaceUploader(path=str(tmp_path / "disk"), workspace=root).upload_training_data(method="local")
+    result = PaperspaceUploader(path=str(tmp_path / "disk"), workspace=root).upload_training_data(
+        method="local"
+    )
     assert result
     assert result.packed
     assert result.packed.files == 3
@@ -198,7 +230,9 @@ def test_without_an_archive_the_three_features_are_sent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["sftp", "no sftp", "no commands", "local"])
 def test_hostile_names_are_only_names(tmp_path: Path, kind: str) -> None:
-    with SSHServer(tmp_path / "s", sftp=kind != "no sftp", commands=kind != "no commands") as server:
+    with SSHServer(
+        tmp_path / "s", sftp=kind != "no sftp", commands=kind != "no commands"
+    ) as server:
         connection = ["--method", "local"] if kind == "local" else flags(server)
         for name in HOSTILE:
             file = random_file(tmp_path / "local" / name, 300)
@@ -211,7 +245,13 @@ def test_hostile_names_are_only_names(tmp_path: Path, kind: str) -> None:
                        server=server, cwd=tmp_path)  # fmt: skip
             assert back.returncode == 0, (name, back.stderr)
             assert sha256(tmp_path / "back" / name / name) == sha256(file), name
-            shown = cli("list-remote-files", *connection, f"--path={there.parent}", server=server, cwd=tmp_path)
+            shown = cli(
+                "list-remote-files",
+                *connection,
+                f"--path={there.parent}",
+                server=server,
+                cwd=tmp_path,
+            )
             assert shown.returncode == 0, (name, shown.stderr)
             assert "\x1b" not in shown.stdout
             assert len(shown.stdout.splitlines()) == 1
@@ -219,26 +259,44 @@ def test_hostile_names_are_only_names(tmp_path: Path, kind: str) -> None:
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_relative_names_that_look_like_options_are_only_names(server: SSHServer, tmp_path: Path) -> None:
+def test_relative_names_that_look_like_options_are_only_names(
+    server: SSHServer, tmp_path: Path
+) -> None:
     file = random_file(tmp_path / "-rf", 300)
-    sent = cli("upload-training", *flags(server), "--path=-dash", "--archive=-rf", server=server, cwd=tmp_path)
+    sent = cli(
+        "upload-training",
+        *flags(server),
+        "--path=-dash",
+        "--archive=-rf",
+        server=server,
+        cwd=tmp_path,
+    )
     assert sent.returncode == 0, sent.stderr
     home = Path(document(cli("--json", "list-remote-files", *flags(server), "--path=-dash", server=server,
                              cwd=tmp_path))["files"][0]["path"])  # fmt: skip
     assert home == Path("-dash/-rf")
-    back = cli("download-results", *flags(server), "--path=-dash/-rf", "--local-path=-back", server=server, cwd=tmp_path)
+    back = cli(
+        "download-results",
+        *flags(server),
+        "--path=-dash/-rf",
+        "--local-path=-back",
+        server=server,
+        cwd=tmp_path,
+    )
     assert back.returncode == 0, back.stderr
     assert sha256(tmp_path / "-back/-rf") == sha256(file)
     shutil.rmtree(Path.home() / "-dash", ignore_errors=True)
     shutil.rmtree(server.remote_home / "-dash", ignore_errors=True)
 
 
-names = st.text(st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=60).filter(
-    lambda name: name not in (".", "..") and len(name.encode()) <= 255
+names = st.text(
+    st.characters(exclude_characters="/\0", codec="utf-8"), min_size=1, max_size=60
+).filter(lambda name: name not in (".", "..") and len(name.encode()) <= 255)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=names)
 def test_any_name_makes_the_round_trip(tmp_path: Path, name: str) -> None:
     base = tmp_path / "local"
@@ -279,13 +337,28 @@ def test_listing_shows_folders_files_and_globs(server: SSHServer, tmp_path: Path
         found = document(cli(*listing, path, server=server, cwd=tmp_path))["files"]
         return [os.path.relpath(info["path"], server.storage) for info in found]
 
-    everything = ["runs/a_1.tar.gz", "runs/a_2.tar.gz", "runs/b.txt", "runs/folder", "runs/live link"]
+    everything = [
+        "runs/a_1.tar.gz",
+        "runs/a_2.tar.gz",
+        "runs/b.txt",
+        "runs/folder",
+        "runs/live link",
+    ]
     assert paths(server.storage / "runs") == everything
     assert paths(f"{server.storage}/runs/") == everything
     assert paths(f"{server.storage}/r*/a_*.tar.gz") == ["runs/a_1.tar.gz", "runs/a_2.tar.gz"]
     assert paths(f"{server.storage}/runs/b.txt") == ["runs/b.txt"]
-    plain = cli("list-remote-files", *flags(server), "--path", server.storage / "runs/a_*", server=server, cwd=tmp_path)
-    assert re.fullmatch(r"(\d+  2023-11-1\d \d\d:\d\d:\d\d  /.*/a_[12]\.tar\.gz\n){2}", plain.stdout)
+    plain = cli(
+        "list-remote-files",
+        *flags(server),
+        "--path",
+        server.storage / "runs/a_*",
+        server=server,
+        cwd=tmp_path,
+    )
+    assert re.fullmatch(
+        r"(\d+  2023-11-1\d \d\d:\d\d:\d\d  /.*/a_[12]\.tar\.gz\n){2}", plain.stdout
+    )
 
 
 def test_a_glob_fetches_every_match_and_newest_only_one(server: SSHServer, tmp_path: Path) -> None:
@@ -293,9 +366,17 @@ def test_a_glob_fetches_every_match_and_newest_only_one(server: SSHServer, tmp_p
         file = random_file(server.storage / f"results_{number}.tar.gz", 100, number)
         os.utime(file, (1_700_000_000 - number, 1_700_000_000 - number))
     (server.storage / "results_folder.tar.gz").mkdir()
-    fetch = ["--json", "download-results", *flags(server), "--path", f"{server.storage}/results_*.tar.gz"]
+    fetch = [
+        "--json",
+        "download-results",
+        *flags(server),
+        "--path",
+        f"{server.storage}/results_*.tar.gz",
+    ]
     done = document(cli(*fetch, "--local-path", "all", server=server, cwd=tmp_path))
-    assert [Path(file["target"]).name for file in done["files"]] == [f"results_{n}.tar.gz" for n in (1, 2, 3)]
+    assert [Path(file["target"]).name for file in done["files"]] == [
+        f"results_{n}.tar.gz" for n in (1, 2, 3)
+    ]
     done = document(cli(*fetch, "--newest", "--local-path", "one", server=server, cwd=tmp_path))
     assert os.listdir(tmp_path / "one") == ["results_1.tar.gz"]
     dry = document(cli(*fetch, "--dry-run", "--local-path", "none", server=server, cwd=tmp_path))
@@ -318,17 +399,28 @@ def test_one_match_that_fails_does_not_stop_the_others(server: SSHServer, tmp_pa
 
 @pytest.mark.parametrize("kind", ["sftp", "no sftp", "no commands", "local"])
 def test_nothing_there_is_exit_4_with_the_command_that_looks(tmp_path: Path, kind: str) -> None:
-    with SSHServer(tmp_path / "s", sftp=kind != "no sftp", commands=kind != "no commands") as server:
+    with SSHServer(
+        tmp_path / "s", sftp=kind != "no sftp", commands=kind != "no commands"
+    ) as server:
         connection = ["--method", "local"] if kind == "local" else flags(server)
         for command in ("download-results", "list-remote-files"):
             for path in ("no.tar.gz", "no_*.tar.gz", "no/such/folder/x", "no/*/x*"):
-                done = cli(command, *connection, "--path", server.storage / path, server=server, cwd=tmp_path)
+                done = cli(
+                    command,
+                    *connection,
+                    "--path",
+                    server.storage / path,
+                    server=server,
+                    cwd=tmp_path,
+                )
                 assert done.returncode == 4, done.stderr
                 assert "hint: python cloud_services.py list-remote-files --path" in done.stderr
 
 
 def test_a_folder_is_no_file_to_download(server: SSHServer, tmp_path: Path) -> None:
-    done = cli("download-results", *flags(server), "--path", server.storage, server=server, cwd=tmp_path)
+    done = cli(
+        "download-results", *flags(server), "--path", server.storage, server=server, cwd=tmp_path
+    )
     assert done.returncode == 2
     assert "results_*.tar.gz" in done.stderr
 
@@ -339,7 +431,16 @@ def test_a_folder_is_no_file_to_download(server: SSHServer, tmp_path: Path) -> N
 def test_a_mounted_folder_gets_the_same_check_and_rename(tmp_path: Path) -> None:
     workspace(tmp_path)
     sent = document(
-        cli("--json", "upload-training", "--method", "local", "--path", "disk/deep/", "--extract", cwd=tmp_path)
+        cli(
+            "--json",
+            "upload-training",
+            "--method",
+            "local",
+            "--path",
+            "disk/deep/",
+            "--extract",
+            cwd=tmp_path,
+        )
     )
     assert sent["check"] == "SHA-256 of the file, read again"
     assert sha256(tmp_path / sent["target"]) == sent["sha256"]
@@ -360,10 +461,24 @@ def test_a_local_upload_that_was_interrupted_continues(tmp_path: Path) -> None:
 
 def test_a_longer_leftover_is_cut(server: SSHServer, tmp_path: Path) -> None:
     file = random_file(tmp_path / "data.bin", 3 * cloud_services.SEGMENT_BYTES + 10)
-    for folder, connection in ((server.storage, flags(server)), (tmp_path / "disk", ["--method", "local"])):
+    for folder, connection in (
+        (server.storage, flags(server)),
+        (tmp_path / "disk", ["--method", "local"]),
+    ):
         folder.mkdir(exist_ok=True)
-        (folder / cloud_services.part_name("data.bin")).write_bytes(file.read_bytes() + b"x" * 5_000_000)
-        done = cli("upload-training", *connection, "--path", folder, "--archive", file, server=server, cwd=tmp_path)
+        (folder / cloud_services.part_name("data.bin")).write_bytes(
+            file.read_bytes() + b"x" * 5_000_000
+        )
+        done = cli(
+            "upload-training",
+            *connection,
+            "--path",
+            folder,
+            "--archive",
+            file,
+            server=server,
+            cwd=tmp_path,
+        )
         assert done.returncode == 0, done.stderr
         assert sha256(folder / "data.bin") == sha256(file)
 
@@ -376,16 +491,36 @@ def test_a_path_nobody_may_write_is_exit_5(tmp_path: Path) -> None:
         pytest.skip("logging in as somebody else needs root")
     with (
         tempfile.TemporaryDirectory() as keys,
-        SSHServer(tmp_path / "s", commands=False, config=[f"AuthorizedKeysFile {keys}/keys"]) as server,
+        SSHServer(
+            tmp_path / "s", commands=False, config=[f"AuthorizedKeysFile {keys}/keys"]
+        ) as server,
     ):
         # The other user's sshd has to read it, and may not enter the test's own folder.
         Path(keys).chmod(0o755)
         shutil.copy(server.authorized_keys, f"{keys}/keys")
         Path(keys, "keys").chmod(0o644)
         file = random_file(tmp_path / "f.bin", 100)
-        words = ["--host", server.host, "--port", server.port, "--user", "nobody", "--identity", server.identity]
+        words = [
+            "--host",
+            server.host,
+            "--port",
+            server.port,
+            "--user",
+            "nobody",
+            "--identity",
+            server.identity,
+        ]
         for path in ("/usr/share", "/root/x/y"):
-            done = cli("upload-training", *words, "--path", path, "--archive", file, server=server, cwd=tmp_path)
+            done = cli(
+                "upload-training",
+                *words,
+                "--path",
+                path,
+                "--archive",
+                file,
+                server=server,
+                cwd=tmp_path,
+            )
             assert (done.returncode, "permission denied" in done.stderr) == (5, True), done.stderr
 
 
@@ -400,9 +535,13 @@ def test_a_file_where_a_folder_should_be_is_named(server: SSHServer, tmp_path: P
 
 
 @pytest.mark.parametrize("archive", ["missing.tar.gz", "folder"])
-def test_an_archive_that_is_no_file_is_refused_before_connecting(tmp_path: Path, archive: str) -> None:
+def test_an_archive_that_is_no_file_is_refused_before_connecting(
+    tmp_path: Path, archive: str
+) -> None:
     (tmp_path / "folder").mkdir()
-    done = cli("upload-training", "--host", "no-such-host.invalid", "--archive", archive, cwd=tmp_path)
+    done = cli(
+        "upload-training", "--host", "no-such-host.invalid", "--archive", archive, cwd=tmp_path
+    )
     assert done.returncode in (2, 4)
     assert archive in done.stderr
 
@@ -410,13 +549,23 @@ def test_an_archive_that_is_no_file_is_refused_before_connecting(tmp_path: Path,
 def test_extract_is_refused_where_no_command_runs(tmp_path: Path) -> None:
     workspace(tmp_path)
     with SSHServer(tmp_path / "s", commands=False) as server:
-        done = cli("upload-training", *flags(server), "--path", server.storage, "--extract", server=server, cwd=tmp_path)
+        done = cli(
+            "upload-training",
+            *flags(server),
+            "--path",
+            server.storage,
+            "--extract",
+            server=server,
+            cwd=tmp_path,
+        )
         assert done.returncode == 5
         assert "--extract" in done.stderr
         assert list(server.storage.iterdir()) == []
 
 
-def test_an_altered_archive_is_not_unpacked_quietly_there(server: SSHServer, tmp_path: Path) -> None:
+def test_an_altered_archive_is_not_unpacked_quietly_there(
+    server: SSHServer, tmp_path: Path
+) -> None:
     archive = random_file(tmp_path / "t.tar.gz", 5000)
     done = cli("upload-training", *flags(server), "--path", server.storage, "--archive", archive, "--extract",
                server=server, cwd=tmp_path)  # fmt: skip
@@ -434,7 +583,14 @@ def test_a_dry_run_sends_nothing_and_asks_nothing(tmp_path: Path) -> None:
     plan = document(cli("--json", *command, cwd=tmp_path))
     assert len(plan["files"]) == 6
     assert plan["left_out"][0]["reason"] == "secret: the name matches .env*"
-    assert document(cli("--json", *command, "--archive", root / "models/checkpoints/last.ckpt", cwd=tmp_path))["bytes"] == 9000
+    assert (
+        document(
+            cli(
+                "--json", *command, "--archive", root / "models/checkpoints/last.ckpt", cwd=tmp_path
+            )
+        )["bytes"]
+        == 9000
+    )
 
 
 def test_ticks_without_a_terminal_are_a_usage_error(tmp_path: Path) -> None:

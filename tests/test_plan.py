@@ -167,7 +167,7 @@ def test_a_plan_is_sorted_by_bytes_whatever_the_disk_says(
     class Shuffled:
         def __init__(self, path: str) -> None:
             with real(path) as entries:
-                self.entries = sorted(entries, key=lambda _: random.random())  # noqa: S311
+                self.entries = sorted(entries, key=lambda _: random.random())
 
         def __enter__(self) -> list[os.DirEntry[str]]:
             return self.entries

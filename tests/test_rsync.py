@@ -9,9 +9,30 @@ from pathlib import Path
 import pytest
 
 from tests.servers import SSHServer, require
-from tests.support import MIB, cli, document, flags, parts, random_file, sha256, start_cli, wait_for, workspace
+from tests.support import (
+    MIB,
+    cli,
+    document,
+    flags,
+    parts,
+    random_file,
+    sha256,
+    start_cli,
+    wait_for,
+    workspace,
+)
 
-HOSTILE = ["sp ace", "quo'te\"s", "$(touch evil)", "-dash", "new\nline", "smile🙂", "semi;colon", "star*", "b\\s"]
+HOSTILE = [
+    "sp ace",
+    "quo'te\"s",
+    "$(touch evil)",
+    "-dash",
+    "new\nline",
+    "smile🙂",
+    "semi;colon",
+    "star*",
+    "b\\s",
+]
 
 
 @pytest.fixture
@@ -56,7 +77,16 @@ def test_hostile_names_are_only_names(server: SSHServer, tmp_path: Path, name: s
 
 def test_a_killed_upload_continues(server: SSHServer, tmp_path: Path) -> None:
     file = random_file(tmp_path / "data.bin", 24 * MIB)
-    upload = ["upload-training", *flags(server), "--method", "rsync", "--path", server.storage, "--archive", file]
+    upload = [
+        "upload-training",
+        *flags(server),
+        "--method",
+        "rsync",
+        "--path",
+        server.storage,
+        "--archive",
+        file,
+    ]
     process = start_cli(*upload, "--limit-rate", "8M", server=server, cwd=tmp_path)
     wait_for(lambda: any(p.stat().st_size > 8 * MIB for p in server.storage.glob(".*.part")))
     process.kill()
@@ -70,7 +100,16 @@ def test_a_killed_upload_continues(server: SSHServer, tmp_path: Path) -> None:
 
 def test_a_killed_download_continues(server: SSHServer, tmp_path: Path) -> None:
     file = random_file(server.storage / "r.bin", 24 * MIB)
-    fetch = ["download-results", *flags(server), "--method", "rsync", "--path", file, "--local-path", "b"]
+    fetch = [
+        "download-results",
+        *flags(server),
+        "--method",
+        "rsync",
+        "--path",
+        file,
+        "--local-path",
+        "b",
+    ]
     process = start_cli(*fetch, "--limit-rate", "8M", server=server, cwd=tmp_path)
     wait_for(lambda: any(p.stat().st_size > 8 * MIB for p in (tmp_path / "b").glob(".*.part")))
     process.kill()
@@ -98,10 +137,21 @@ def test_a_host_key_that_was_only_pinned_is_enough(server: SSHServer, tmp_path: 
     assert sent.returncode == 0, sent.stderr
 
 
-def test_without_rsync_here_it_says_so_before_anything_is_packed(server: SSHServer, tmp_path: Path) -> None:
+def test_without_rsync_here_it_says_so_before_anything_is_packed(
+    server: SSHServer, tmp_path: Path
+) -> None:
     workspace(tmp_path)
     env = {**server.environment, "PATH": str(tmp_path / "empty")}
-    done = cli("upload-training", *flags(server), "--method", "rsync", "--path", server.storage, cwd=tmp_path, env=env)
+    done = cli(
+        "upload-training",
+        *flags(server),
+        "--method",
+        "rsync",
+        "--path",
+        server.storage,
+        cwd=tmp_path,
+        env=env,
+    )
     assert done.returncode == 3
     assert "rsync is not installed here" in done.stderr
     assert list(server.storage.iterdir()) == []
@@ -120,10 +170,12 @@ def test_without_rsync_there_it_says_so(tmp_path: Path) -> None:
     assert "rsync is not installed on" in done.stderr
 
 
-def server_without_rsync(server: SSHServer, tools: Path, tmp_path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN201
+def server_without_rsync(server: SSHServer, tools: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
     """The login shell may reset PATH, so a wrapper hides rsync from what a client asks for."""
     wrapper = tmp_path / "wrapper"
-    wrapper.write_text(f'#!/bin/sh\nPATH={tools}; export PATH\nexec /bin/sh -c "$SSH_ORIGINAL_COMMAND"\n')
+    wrapper.write_text(
+        f'#!/bin/sh\nPATH={tools}; export PATH\nexec /bin/sh -c "$SSH_ORIGINAL_COMMAND"\n'
+    )
     wrapper.chmod(0o755)
     key = server.authorized_keys.read_text()
     server.authorized_keys.write_text(f'command="{wrapper}" {key}')

@@ -23,8 +23,12 @@ def server(tmp_path: Path) -> Iterator[SSHServer]:
         yield running
 
 
-def listing(server: SSHServer, *more: object, tmp_path: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return cli("list-remote-files", "--path", server.storage, *more, server=server, cwd=tmp_path, **options)
+def listing(
+    server: SSHServer, *more: object, tmp_path: Path, **options: object
+) -> subprocess.CompletedProcess[str]:
+    return cli(
+        "list-remote-files", "--path", server.storage, *more, server=server, cwd=tmp_path, **options
+    )
 
 
 def write_config(server: SSHServer, text: str, name: str = "config") -> None:
@@ -54,7 +58,9 @@ def test_include_lines_of_ssh_config_are_followed(server: SSHServer, tmp_path: P
     assert listing(server, "--host", "gpu", tmp_path=tmp_path).returncode == 0
 
 
-def test_settings_come_from_flag_then_environment_then_dotenv(server: SSHServer, tmp_path: Path) -> None:
+def test_settings_come_from_flag_then_environment_then_dotenv(
+    server: SSHServer, tmp_path: Path
+) -> None:
     (tmp_path / ".env").write_text(
         f"PAPERSPACE_HOST=unused.invalid\nPAPERSPACE_PORT={server.port}\n"
         f"PAPERSPACE_USER='{server.user}'\nPAPERSPACE_IDENTITY=\"{server.identity}\"\n"
@@ -76,13 +82,16 @@ def test_a_login_can_stand_before_the_host(server: SSHServer, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "host", ["-oProxyCommand=touch evil", "a b", "x;touch evil", "$(touch evil)", "", "a\nb", "--help"]
+    "host",
+    ["-oProxyCommand=touch evil", "a b", "x;touch evil", "$(touch evil)", "", "a\nb", "--help"],
 )
 @pytest.mark.parametrize("method", ["scp", "rsync"])
 def test_a_host_that_is_no_host_is_refused(tmp_path: Path, host: str, method: str) -> None:
     file = tmp_path / "f.bin"
     file.write_bytes(b"x")
-    done = cli("upload-training", f"--host={host}", "--archive", file, "--method", method, cwd=tmp_path)
+    done = cli(
+        "upload-training", f"--host={host}", "--archive", file, "--method", method, cwd=tmp_path
+    )
     assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
     assert not (tmp_path / "evil").exists()
 
@@ -103,7 +112,16 @@ def encrypted_key(server: SSHServer) -> Path:
 
 
 def locked_flags(server: SSHServer, key: Path) -> list[str]:
-    return ["--host", server.host, "--port", str(server.port), "--user", server.user, "--identity", str(key)]
+    return [
+        "--host",
+        server.host,
+        "--port",
+        str(server.port),
+        "--user",
+        server.user,
+        "--identity",
+        str(key),
+    ]
 
 
 def test_an_agent_is_used(server: SSHServer, tmp_path: Path) -> None:
@@ -114,14 +132,18 @@ def test_an_agent_is_used(server: SSHServer, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_an_encrypted_key_is_opened_by_the_passphrase_setting(server: SSHServer, tmp_path: Path) -> None:
+def test_an_encrypted_key_is_opened_by_the_passphrase_setting(
+    server: SSHServer, tmp_path: Path
+) -> None:
     key = encrypted_key(server)
     env = {**server.environment, "PAPERSPACE_PASSPHRASE": "open sesame"}
     done = listing(server, *locked_flags(server, key), tmp_path=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_wrong_or_missing_passphrase_is_named_and_never_shown(server: SSHServer, tmp_path: Path) -> None:
+def test_a_wrong_or_missing_passphrase_is_named_and_never_shown(
+    server: SSHServer, tmp_path: Path
+) -> None:
     key = encrypted_key(server)
     missing = listing(server, *locked_flags(server, key), tmp_path=tmp_path)
     assert missing.returncode == 5
@@ -135,7 +157,13 @@ def test_a_wrong_or_missing_passphrase_is_named_and_never_shown(server: SSHServe
 
 def test_a_person_is_asked_for_the_passphrase(server: SSHServer, tmp_path: Path) -> None:
     key = encrypted_key(server)
-    command = [*TOOL, "list-remote-files", *locked_flags(server, key), "--path", str(server.storage)]
+    command = [
+        *TOOL,
+        "list-remote-files",
+        *locked_flags(server, key),
+        "--path",
+        str(server.storage),
+    ]
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
@@ -154,7 +182,9 @@ def test_a_person_is_asked_for_the_passphrase(server: SSHServer, tmp_path: Path)
     assert b"sesame" not in shown
 
 
-def test_a_key_the_server_does_not_know_is_a_refusal_with_a_way_on(server: SSHServer, tmp_path: Path) -> None:
+def test_a_key_the_server_does_not_know_is_a_refusal_with_a_way_on(
+    server: SSHServer, tmp_path: Path
+) -> None:
     stranger = make_key(tmp_path / "stranger")
     done = listing(server, *locked_flags(server, stranger), tmp_path=tmp_path)
     assert done.returncode == 5
@@ -176,7 +206,9 @@ def test_settings_hide_the_passphrase() -> None:
 # ── host keys
 
 
-def test_an_unknown_host_key_is_refused_with_its_fingerprint(server: SSHServer, tmp_path: Path) -> None:
+def test_an_unknown_host_key_is_refused_with_its_fingerprint(
+    server: SSHServer, tmp_path: Path
+) -> None:
     server.known_hosts.unlink()
     done = listing(server, *flags(server), tmp_path=tmp_path)
     assert done.returncode == 8
@@ -184,18 +216,25 @@ def test_an_unknown_host_key_is_refused_with_its_fingerprint(server: SSHServer, 
     assert not server.known_hosts.exists()
 
 
-def test_the_offered_fingerprint_is_accepted_and_remembered(server: SSHServer, tmp_path: Path) -> None:
+def test_the_offered_fingerprint_is_accepted_and_remembered(
+    server: SSHServer, tmp_path: Path
+) -> None:
     server.known_hosts.write_text("# no newline at the end")
     done = listing(server, *flags(server), "--host-key", server.fingerprint, tmp_path=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert server.known_hosts.read_text().splitlines() == ["# no newline at the end", server.known_hosts_line]
+    assert server.known_hosts.read_text().splitlines() == [
+        "# no newline at the end",
+        server.known_hosts_line,
+    ]
     assert listing(server, *flags(server), tmp_path=tmp_path).returncode == 0
 
 
 def test_accept_new_host_key_remembers_it(server: SSHServer, tmp_path: Path) -> None:
     server.known_hosts.unlink()
     server.known_hosts.parent.rmdir()
-    assert listing(server, *flags(server), "--accept-new-host-key", tmp_path=tmp_path).returncode == 0
+    assert (
+        listing(server, *flags(server), "--accept-new-host-key", tmp_path=tmp_path).returncode == 0
+    )
     assert listing(server, *flags(server), tmp_path=tmp_path).returncode == 0
     assert server.known_hosts.parent.stat().st_mode & 0o77 == 0
 
@@ -217,7 +256,9 @@ def test_a_changed_host_key_is_refused_whatever_the_flags_say(
     assert server.known_hosts.read_text() == before
 
 
-def test_another_fingerprint_than_the_expected_is_refused(server: SSHServer, tmp_path: Path) -> None:
+def test_another_fingerprint_than_the_expected_is_refused(
+    server: SSHServer, tmp_path: Path
+) -> None:
     done = listing(server, *flags(server), "--host-key", "SHA256:" + "A" * 43, tmp_path=tmp_path)
     assert done.returncode == 8
     assert "not the expected" in done.stderr
@@ -227,12 +268,16 @@ def test_another_fingerprint_than_the_expected_is_refused(server: SSHServer, tmp
 def test_known_hosts_is_read_in_all_its_forms(server: SSHServer, tmp_path: Path, form: str) -> None:
     key = server.known_hosts_line.split(" ", 1)[1]
     if form == "hashed":
-        subprocess.run(["ssh-keygen", "-H", "-f", server.known_hosts], check=True, capture_output=True)
+        subprocess.run(
+            ["ssh-keygen", "-H", "-f", server.known_hosts], check=True, capture_output=True
+        )
         assert server.host not in server.known_hosts.read_text()
     elif form == "wildcard":
         server.known_hosts.write_text(f"[127.0.0.*]:{server.port} {key}\n")
     else:
-        server.known_hosts.write_text(f"garbage\n\n# note\nother,[127.0.0.1]:{server.port} {key} comment\n")
+        server.known_hosts.write_text(
+            f"garbage\n\n# note\nother,[127.0.0.1]:{server.port} {key} comment\n"
+        )
     assert listing(server, *flags(server), tmp_path=tmp_path).returncode == 0
 
 
@@ -301,7 +346,9 @@ def test_a_refused_connection_is_named(tmp_path: Path) -> None:
     assert "refuses the connection" in done.stderr
 
 
-@pytest.mark.parametrize("greeting", [b"", b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n" + b"\0" * 100])
+@pytest.mark.parametrize(
+    "greeting", [b"", b"HTTP/1.0 400 Bad Request\r\n\r\n", b"SSH-2.0-x\r\n" + b"\0" * 100]
+)
 def test_something_that_is_no_ssh_server_is_an_error(tmp_path: Path, greeting: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -13,7 +13,16 @@ import pytest
 from benchmarks.link import Link
 from tests.servers import SSHServer
 from tests.support import (
-    MIB, cli, document, flags, parts, random_file, sha256, start_cli, wait_for, workspace,
+    MIB,
+    cli,
+    document,
+    flags,
+    parts,
+    random_file,
+    sha256,
+    start_cli,
+    wait_for,
+    workspace,
 )  # fmt: skip
 
 SEGMENT = 4 * MIB
@@ -29,7 +38,9 @@ def server(tmp_path: Path) -> Iterator[SSHServer]:
 @pytest.fixture(params=["sftp", "no sftp", "no commands"])
 def any_server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SSHServer]:
     kind = request.param
-    with SSHServer(tmp_path / "any", sftp=kind != "no sftp", commands=kind != "no commands") as running:
+    with SSHServer(
+        tmp_path / "any", sftp=kind != "no sftp", commands=kind != "no commands"
+    ) as running:
         yield running
 
 
@@ -43,7 +54,9 @@ def link(server: SSHServer) -> Iterator[Link]:
 # ── whole
 
 
-def test_an_upload_arrives_verified_and_can_be_downloaded_again(any_server: SSHServer, tmp_path: Path) -> None:
+def test_an_upload_arrives_verified_and_can_be_downloaded_again(
+    any_server: SSHServer, tmp_path: Path
+) -> None:
     workspace(tmp_path)
     archive = tmp_path / "t.tar.gz"
     cli("create-training-archive", "-o", archive, cwd=tmp_path)
@@ -72,7 +85,16 @@ def test_files_of_every_size_make_the_round_trip(
 ) -> None:
     file = random_file(tmp_path / "data.bin", size)
     common = [*flags(server), "--streams", streams]
-    sent = cli("upload-training", *common, "--path", server.storage, "--archive", file, server=server, cwd=tmp_path)
+    sent = cli(
+        "upload-training",
+        *common,
+        "--path",
+        server.storage,
+        "--archive",
+        file,
+        server=server,
+        cwd=tmp_path,
+    )
     assert sent.returncode == 0, sent.stderr
     back = cli("download-results", *common, "--path", server.storage / "data.bin", "--local-path", "back",
                server=server, cwd=tmp_path)  # fmt: skip
@@ -94,11 +116,15 @@ def test_a_workspace_is_packed_and_sent_in_one_pass_without_a_local_copy(
     assert sent["sha256"] == sha256(archive) == sent["packed"]["sha256"]
     for file in (tmp_path / "workspace").rglob("*.csv"):
         assert file.read_bytes() == (server.storage / file.relative_to(tmp_path)).read_bytes()
-    checked = subprocess.run(["sha256sum", "-c", "training.sha256"], cwd=server.storage, check=False)
+    checked = subprocess.run(
+        ["sha256sum", "-c", "training.sha256"], cwd=server.storage, check=False
+    )
     assert checked.returncode == 0
 
 
-def test_the_packed_stream_is_the_archive_that_create_makes(server: SSHServer, tmp_path: Path) -> None:
+def test_the_packed_stream_is_the_archive_that_create_makes(
+    server: SSHServer, tmp_path: Path
+) -> None:
     workspace(tmp_path, MIB)
     made = document(cli("--json", "create-training-archive", "-o", "a.tar.gz", cwd=tmp_path))
     sent = document(
@@ -110,10 +136,26 @@ def test_the_packed_stream_is_the_archive_that_create_makes(server: SSHServer, t
 
 def test_a_file_that_is_there_already_is_not_sent_again(server: SSHServer, tmp_path: Path) -> None:
     file = random_file(tmp_path / "data.bin", MIB)
-    command = ["--json", "upload-training", *flags(server), "--path", server.storage, "--archive", file]
+    command = [
+        "--json",
+        "upload-training",
+        *flags(server),
+        "--path",
+        server.storage,
+        "--archive",
+        file,
+    ]
     assert document(cli(*command, server=server, cwd=tmp_path))["moved"] == MIB
     assert document(cli(*command, server=server, cwd=tmp_path))["moved"] == 0
-    fetch = ["--json", "download-results", *flags(server), "--path", server.storage / "data.bin", "--local-path", "b"]
+    fetch = [
+        "--json",
+        "download-results",
+        *flags(server),
+        "--path",
+        server.storage / "data.bin",
+        "--local-path",
+        "b",
+    ]
     assert document(cli(*fetch, server=server, cwd=tmp_path))["files"][0]["moved"] == MIB
     assert document(cli(*fetch, server=server, cwd=tmp_path))["files"][0]["moved"] == 0
 
@@ -181,7 +223,9 @@ def killed_upload(server: SSHServer, file: Path, after: int, cwd: Path) -> None:
     process.communicate()
 
 
-def test_an_upload_killed_halfway_continues_and_sends_only_the_rest(server: SSHServer, tmp_path: Path) -> None:
+def test_an_upload_killed_halfway_continues_and_sends_only_the_rest(
+    server: SSHServer, tmp_path: Path
+) -> None:
     file = random_file(tmp_path / "data.bin", 10 * SEGMENT)
     killed_upload(server, file, 5 * SEGMENT, tmp_path)
     assert len(parts(server.storage)) == 1
@@ -201,7 +245,9 @@ def test_a_killed_packing_upload_continues_though_the_name_has_a_new_time(
     workspace(tmp_path, 8 * MIB)
     upload = ["upload-training", *flags(server), "--path", server.storage]
     process = start_cli(*upload, "--limit-rate", "10M", server=server, cwd=tmp_path)
-    wait_for(lambda: any(p.stat().st_blocks * 512 >= 3 * SEGMENT for p in server.storage.glob(".*.part")))
+    wait_for(
+        lambda: any(p.stat().st_blocks * 512 >= 3 * SEGMENT for p in server.storage.glob(".*.part"))
+    )
     process.kill()
     process.communicate()
     done = document(cli("--json", *upload, server=server, cwd=tmp_path))
@@ -210,9 +256,20 @@ def test_a_killed_packing_upload_continues_though_the_name_has_a_new_time(
     assert parts(server.storage) == []
 
 
-def test_a_download_killed_halfway_continues_and_fetches_only_the_rest(any_server: SSHServer, tmp_path: Path) -> None:
+def test_a_download_killed_halfway_continues_and_fetches_only_the_rest(
+    any_server: SSHServer, tmp_path: Path
+) -> None:
     file = random_file(any_server.storage / "r.bin", 8 * SEGMENT)
-    fetch = ["download-results", *flags(any_server), "--path", file, "--local-path", "b", "--streams", 2]
+    fetch = [
+        "download-results",
+        *flags(any_server),
+        "--path",
+        file,
+        "--local-path",
+        "b",
+        "--streams",
+        2,
+    ]
     process = start_cli(*fetch, "--limit-rate", "12M", server=any_server, cwd=tmp_path)
     journal = tmp_path / "b"
     wait_for(lambda: any(p.read_text().count("\n") > 12 for p in journal.glob(".*.journal")))
@@ -225,23 +282,47 @@ def test_a_download_killed_halfway_continues_and_fetches_only_the_rest(any_serve
     assert parts(tmp_path / "b") == []
 
 
-def test_a_flipped_bit_in_what_arrived_before_is_sent_again(server: SSHServer, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_what_arrived_before_is_sent_again(
+    server: SSHServer, tmp_path: Path
+) -> None:
     file = random_file(tmp_path / "data.bin", 10 * SEGMENT)
     killed_upload(server, file, 5 * SEGMENT, tmp_path)
     part = server.storage / parts(server.storage)[0]
     with part.open("r+b") as stream:
         stream.seek(100)
         stream.write(bytes([stream.read(1)[0] ^ 1]))
-    done = cli("upload-training", *flags(server), "--path", server.storage, "--archive", file, server=server, cwd=tmp_path)
+    done = cli(
+        "upload-training",
+        *flags(server),
+        "--path",
+        server.storage,
+        "--archive",
+        file,
+        server=server,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert sha256(server.storage / "data.bin") == sha256(file)
 
 
-def test_a_flipped_bit_in_a_half_downloaded_file_is_fetched_again(server: SSHServer, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_half_downloaded_file_is_fetched_again(
+    server: SSHServer, tmp_path: Path
+) -> None:
     file = random_file(server.storage / "r.bin", 8 * SEGMENT)
-    fetch = ["download-results", *flags(server), "--path", file, "--local-path", "b", "--streams", 1]
+    fetch = [
+        "download-results",
+        *flags(server),
+        "--path",
+        file,
+        "--local-path",
+        "b",
+        "--streams",
+        1,
+    ]
     process = start_cli(*fetch, "--limit-rate", "12M", server=server, cwd=tmp_path)
-    wait_for(lambda: any(p.read_text().count("\n") > 12 for p in (tmp_path / "b").glob(".*.journal")))
+    wait_for(
+        lambda: any(p.read_text().count("\n") > 12 for p in (tmp_path / "b").glob(".*.journal"))
+    )
     process.kill()
     process.communicate()
     part = next(p for p in (tmp_path / "b").iterdir() if p.name.endswith(".part"))
@@ -252,11 +333,24 @@ def test_a_flipped_bit_in_a_half_downloaded_file_is_fetched_again(server: SSHSer
     assert sha256(tmp_path / "b/r.bin") == sha256(file)
 
 
-def test_a_remote_file_that_changed_since_is_fetched_from_the_start(server: SSHServer, tmp_path: Path) -> None:
+def test_a_remote_file_that_changed_since_is_fetched_from_the_start(
+    server: SSHServer, tmp_path: Path
+) -> None:
     file = random_file(server.storage / "r.bin", 6 * SEGMENT)
-    fetch = ["download-results", *flags(server), "--path", file, "--local-path", "b", "--streams", 1]
+    fetch = [
+        "download-results",
+        *flags(server),
+        "--path",
+        file,
+        "--local-path",
+        "b",
+        "--streams",
+        1,
+    ]
     process = start_cli(*fetch, "--limit-rate", "12M", server=server, cwd=tmp_path)
-    wait_for(lambda: any(p.read_text().count("\n") > 8 for p in (tmp_path / "b").glob(".*.journal")))
+    wait_for(
+        lambda: any(p.read_text().count("\n") > 8 for p in (tmp_path / "b").glob(".*.journal"))
+    )
     process.kill()
     process.communicate()
     random_file(file, 6 * SEGMENT, seed=2)
@@ -266,7 +360,9 @@ def test_a_remote_file_that_changed_since_is_fetched_from_the_start(server: SSHS
     assert sha256(tmp_path / "b/r.bin") == sha256(file)
 
 
-def test_a_cut_link_is_mended_within_the_same_command(server: SSHServer, link: Link, tmp_path: Path) -> None:
+def test_a_cut_link_is_mended_within_the_same_command(
+    server: SSHServer, link: Link, tmp_path: Path
+) -> None:
     file = random_file(tmp_path / "data.bin", 20 * SEGMENT)
     link.cut_after(15 * SEGMENT)
     sent = cli("--json", "upload-training", *flags(server, link.port), "--path", server.storage,
@@ -287,7 +383,9 @@ def test_killed_sessions_on_the_server_are_mended_too(server: SSHServer, tmp_pat
     file = random_file(tmp_path / "data.bin", 8 * SEGMENT)
     process = start_cli("upload-training", *flags(server), "--path", server.storage, "--archive", file,
                         "--limit-rate", "20M", server=server, cwd=tmp_path)  # fmt: skip
-    wait_for(lambda: any(p.stat().st_blocks * 512 >= 2 * SEGMENT for p in server.storage.glob(".*.part")))
+    wait_for(
+        lambda: any(p.stat().st_blocks * 512 >= 2 * SEGMENT for p in server.storage.glob(".*.part"))
+    )
     server.kill_sessions()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -318,12 +416,23 @@ def test_a_frozen_link_is_an_error_in_bounded_time(
     link.thaw()
 
 
-def test_what_the_server_holds_wrongly_is_never_given_its_name(server: SSHServer, tmp_path: Path) -> None:
+def test_what_the_server_holds_wrongly_is_never_given_its_name(
+    server: SSHServer, tmp_path: Path
+) -> None:
     """Somebody writes into the .part while it arrives: the check finds it, a second run mends it."""
     file = random_file(tmp_path / "data.bin", 6 * SEGMENT)
     old = random_file(server.storage / "data.bin", 100, seed=9)
     before = sha256(old)
-    upload = ["upload-training", *flags(server), "--path", server.storage, "--archive", file, "--streams", 1]
+    upload = [
+        "upload-training",
+        *flags(server),
+        "--path",
+        server.storage,
+        "--archive",
+        file,
+        "--streams",
+        1,
+    ]
     process = start_cli(*upload, "--limit-rate", "12M", server=server, cwd=tmp_path)
     # The newest segment is not hashed yet when it is damaged.
     wait_for(lambda: any(p.stat().st_size >= 4 * SEGMENT for p in server.storage.glob(".*.part")))
@@ -357,7 +466,9 @@ def test_a_full_disk_on_the_server_is_named_and_keeps_the_old_file(tmp_path: Pat
         assert sha256(old) == before
 
 
-def test_a_full_disk_here_is_named_and_keeps_the_old_file(server: SSHServer, tmp_path: Path) -> None:
+def test_a_full_disk_here_is_named_and_keeps_the_old_file(
+    server: SSHServer, tmp_path: Path
+) -> None:
     random_file(server.storage / "r.bin", 40 * MIB)
     here = tmp_path / "here"
     here.mkdir()
@@ -378,7 +489,10 @@ class small_disk:  # noqa: N801 - reads as a context, as tmp_path does
 
     def __enter__(self) -> None:
         mount = ["mount", "-t", "tmpfs", "-o", f"size={self.size}", "tmpfs", str(self.folder)]
-        if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode != 0:
+        if (
+            os.getuid() != 0
+            or subprocess.run(mount, check=False, capture_output=True).returncode != 0
+        ):
             pytest.skip("mounting a small disk needs root")
 
     def __exit__(self, *exc: object) -> None:
