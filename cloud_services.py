@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Move machine-learning data between a workspace, a rented GPU box and back, verified and resumable.
+"""Move machine-learning data between a workspace and a rented GPU box, verified and resumable.
 
     python cloud_services.py create-training-archive --workspace workspace
     python cloud_services.py upload-training --host gpu.example.com --user paperspace --extract
     python cloud_services.py list-remote-files --host gpu.example.com --path /storage/
-    python cloud_services.py download-results --host gpu.example.com --path '/storage/results_*.tar.gz'
+    python cloud_services.py download-results --host gpu.example.com --path '/storage/results_*'
 
 A final file name always means verified content; everything unfinished is a hidden ``.part`` file,
 and the same command continues it.
@@ -49,8 +49,6 @@ import shutil
 import signal
 import socket
 import stat
-import struct
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -58,14 +56,12 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:
-    import paramiko
+    pass
 
 __version__ = "0.1.0"
 
@@ -103,6 +99,7 @@ TICKS_FOLDER, CACHE_FOLDER = "raw_data/ticks", "raw_data/cache"
 RESULT_FOLDERS = ("models/checkpoints", "models/metrics", "prepared/scalers")
 LOGS_FOLDER = "models/logs"
 TRAINING_MANIFEST, RESULTS_MANIFEST = "training.sha256", "results.sha256"
+METHODS = ("scp", "rsync", "local")
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
 
 MAX_MEMBERS = 5_000_000
@@ -929,9 +926,10 @@ def _require_same_start(stream: IO[bytes], file: PlannedFile, size: int, digest:
 
 
 def _changed(file: PlannedFile, how: str) -> NoReturn:
+    pattern = shlex.quote(glob.escape(file.below))
     raise IntegrityError(
         f"{printable(file.source)} changed while it was packed: {how}",
-        f"wait until nothing writes to it, or leave it out: --exclude {shlex.quote(glob.escape(file.below))}",
+        f"wait until nothing writes to it, or leave it out: --exclude {pattern}",
     )
 
 
@@ -1078,8 +1076,9 @@ def inspect_archive(stream: IO[bytes], path: Path, progress: Progress) -> Conten
                 if name in (TRAINING_MANIFEST, RESULTS_MANIFEST):
                     content = b"".join(blocks)
                     manifest, contents.manifest = parse_manifest(content), name
-                    blocks = iter((content,))
-                contents.members.append(_read_member(info, name, blocks))
+                    contents.members.append(_read_member(info, name, iter((content,))))
+                else:
+                    contents.members.append(_read_member(info, name, blocks))
     finally:
         progress.end()
     contents.sha256, contents.archive_bytes = hashed.sha256.hexdigest(), hashed.size
@@ -1619,7 +1618,7 @@ class _LocalCheck:
 
 
 class Moved(NamedTuple):
-    """A file that arrived: its size, the bytes moved in this run, its SHA-256, how it was checked."""
+    """A file that arrived: its size, the bytes moved in this run, its SHA-256, and the check."""
 
     size: int
     moved: int
@@ -1717,7 +1716,8 @@ class _Cutter:
     def _put(self, item: bytes | BaseException | None) -> None:
         while not self._abandoned.is_set():
             with contextlib.suppress(queue.Full):
-                return self._queue.put(item, timeout=0.1)
+                self._queue.put(item, timeout=0.1)
+                return
         if isinstance(item, bytes):
             raise TransferError("nobody takes the packed bytes any more")
 
@@ -2155,1421 +2155,33 @@ Sender = Callable[[Store, Source, str, int, Progress], Moved]
 Fetcher = Callable[[Store, FileInfo, Path, Progress], Moved]
 
 
-# ── SSH: the connection ──────────────────────────────────────────────────────────────────────────
+def open_store(settings: SSHSettings, method: str) -> Store:
+    """The store that a method talks to: a mounted folder, or a server over SSH."""
+    if method not in METHODS:
+        raise UsageError(f"{printable(method)!r} is no method", f"use one of {', '.join(METHODS)}")
+    if method == "local":
+        return LocalStore()
+    from ssh_transport import connect
 
+    return connect(settings)
 
-class Completed(NamedTuple):
-    """A command that ran on the server."""
 
-    status: int
-    output: bytes
-    errors: str
+def movers(method: str) -> tuple[Sender, Fetcher]:
+    """How a method moves one file there, and one back."""
+    if method != "rsync":
+        return send_segments, fetch_segments
+    from ssh_transport import rsync_fetch, rsync_send
 
+    return rsync_send, rsync_fetch
 
-class _LiveSocket:
-    """A socket that reads ahead, to halve the system calls, and knows when it last heard a thing."""
 
-    def __init__(self, sock: Any) -> None:
-        self._sock = sock
-        self._ahead = memoryview(b"")
-        self.last_heard = time.monotonic()
-
-    def recv(self, count: int) -> bytes:
-        if not self._ahead:
-            self._ahead = memoryview(self._sock.recv(256 * KIB))
-            self.last_heard = time.monotonic()
-        data, self._ahead = self._ahead[:count], self._ahead[count:]
-        return bytes(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-
-class _ChunkPipe:
-    """Stands in for paramiko's BufferedPipe in a channel: hands chunks on as they are, uncopied.
-
-    The original appends to one array and moves all that is left at each read.
-    """
-
-    def __init__(self) -> None:
-        self._chunks: deque[bytes] = deque()
-        self._closed = False
-        self._changed = threading.Condition()
-
-    def feed(self, data: bytes) -> None:
-        with self._changed:
-            self._chunks.append(data)
-            self._changed.notify_all()
-
-    def read(self, count: int, timeout: float | None = None) -> bytes:
-        """The next chunk, whatever its size; empty at the end. Raises as the original does."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._chunks or self._closed, timeout):
-                raise need("paramiko.buffered_pipe").PipeTimeout
-            return self._chunks.popleft() if self._chunks else b""
-
-    def read_ready(self) -> bool:
-        return bool(self._chunks)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-
-
-class SSHConnection:
-    """An authenticated SSH connection whose death is noticed within `settings.timeout` seconds.
-
-    Honours ~/.ssh/config, known_hosts, ssh-agent and encrypted keys. Raises ConnectError,
-    HostKeyError or AccessError when it cannot be made.
-    """
-
-    def __init__(self, settings: SSHSettings, jump: SSHConnection | None = None) -> None:
-        self.paramiko: Any = need("paramiko")
-        logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # its failures reach us as errors
-        self.settings = settings
-        self.config = ssh_config(settings.host)
-        self.hostname: str = self.config["hostname"]
-        self.port = settings.port or int(self.config.get("port", 22))
-        self.user: str = settings.user or self.config.get("user") or _local_user()
-        self.name = settings.host
-        self.limiter = RateLimiter(settings.limit_rate)
-        self.dead = False
-        self._jump = jump
-        self._proxy: subprocess.Popen[bytes] | None = None
-        self._closed = threading.Event()
-        self.make_room: Callable[[], None] = lambda: None
-        self._tools_lock = threading.Lock()
-        self._found_tools: str | None = None
-        try:
-            with ssh_errors(self):
-                self._client = self._authenticated_client()
-        except BaseException:
-            self.close()
-            raise
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    @property
-    def transport(self) -> paramiko.Transport:
-        transport: paramiko.Transport | None = self._client.get_transport()
-        if transport is None or not transport.is_active():
-            raise self.lost()
-        return transport
-
-    def lost(self) -> LinkLostError:
-        """The error for a link that broke."""
-        silent = f"nothing was heard from it for {self.settings.timeout:g} s"
-        why = silent if self.dead else "the connection broke"
-        return LinkLostError(f"lost {self.name}: {why}", SAME_COMMAND)
-
-    def identities(self) -> list[str]:
-        """The private key files to try: the one asked for, else ~/.ssh/config's, else ssh's own."""
-        if self.settings.identity:
-            path = os.path.expanduser(self.settings.identity)
-            if not os.path.isfile(path):
-                raise NotFoundError(f"the key {printable(path)} does not exist", "check --identity")
-            return [path]
-        files = self.config.get("identityfile", DEFAULT_KEYS)
-        return [path for path in map(os.path.expanduser, files) if os.path.isfile(path)]
-
-    def run(self, script: str) -> Completed:
-        """Run a POSIX shell script on the server and wait for its end."""
-        with ssh_errors(self), contextlib.closing(self.open_command_session()) as channel:
-            channel.exec_command(shell_command(script))
-            channel.shutdown_write()
-            output = b"".join(iter(lambda: channel.recv(MIB), b""))
-            errors = b"".join(iter(lambda: channel.recv_stderr(MIB), b""))
-            return Completed(channel.recv_exit_status(), output, printable_lines(errors))
-
-    def open_session(
-        self, timeout: float | None = None, window: int | None = None
-    ) -> paramiko.Channel:
-        """A new channel; `timeout` limits each wait on it, `window` is its receive window."""
-        transport = self.transport
-        try:
-            # A large packet size spares both ends most of the packets of a download.
-            channel = transport.open_session(window, 128 * KIB, self.settings.timeout)
-        except self.paramiko.SSHException as error:
-            if not transport.is_active():
-                raise
-            raise NoMoreSessionsError(f"{self.name} refuses a further session") from error
-        channel.settimeout(timeout)
-        return channel
-
-    def open_command_session(self) -> paramiko.Channel:
-        """A channel for a command; where sessions are scarce, one that only stands by is given up."""
-        for pause in (0.1, 0.3, 1.0, None):
-            try:
-                return self.open_session()
-            except NoMoreSessionsError:
-                if pause is None:
-                    raise
-            self.make_room()
-            time.sleep(pause)  # the server counts a session until its process has ended
-        raise AssertionError("the last try returns or raises")
-
-    @property
-    def sha256_command(self) -> str:
-        """What computes SHA-256 on the server; empty: nothing does, or it runs no commands."""
-        found = {posixpath.basename(line) for line in self._tools.splitlines()}
-        return next((run for word, run in SHA256_COMMANDS.items() if word in found), "")
-
-    @property
-    def _tools(self) -> str:
-        with self._tools_lock:
-            if self._found_tools is None:
-                self._found_tools = self._find_tools()
-            return self._found_tools
-
-    def _find_tools(self) -> str:
-        words = " ".join(SHA256_COMMANDS)
-        try:
-            with ssh_errors(self), contextlib.closing(self.open_command_session()) as channel:
-                channel.settimeout(self.settings.timeout)
-                channel.exec_command(
-                    shell_command(f"for tool in {words}; do command -v $tool; done")
-                )
-                channel.shutdown_write()
-                return b"".join(iter(lambda: channel.recv(MIB), b"")).decode("utf-8", "replace")
-        except TransferError:
-            if self.dead:
-                raise
-            return ""
-
-    def close(self) -> None:
-        """End the connection, and what it went through."""
-        self._closed.set()
-        if hasattr(self, "_client"):
-            self._client.close()
-        if self._proxy:
-            self._proxy.terminate()
-            self._proxy.wait()
-        if self._jump:
-            self._jump.close()
-
-    # ── how it comes about
-
-    def _authenticated_client(self) -> paramiko.SSHClient:
-        try:
-            return self._connect(self.settings.passphrase)
-        except self.paramiko.AuthenticationException:
-            locked = self.locked_key()
-            if locked is None or self.settings.passphrase or not self.settings.ask_passphrase:
-                raise
-            passphrase = self.settings.ask_passphrase(locked)
-            self.settings = dataclasses.replace(self.settings, passphrase=passphrase)
-            return self._connect(passphrase)
-
-    def _connect(self, passphrase: str | None) -> paramiko.SSHClient:
-        client: paramiko.SSHClient = self.paramiko.SSHClient()
-        self._host_keys = KnownHosts(self)
-        client.set_missing_host_key_policy(self._host_keys)  # type: ignore[arg-type]
-        self._sock = _LiveSocket(self._open_socket())
-        try:
-            client.connect(
-                self.hostname, self.port, self.user, key_filename=self.identities(),  # type: ignore[arg-type]  # a list is fine
-                passphrase=passphrase, look_for_keys=False, sock=self._sock,  # type: ignore[arg-type]
-                timeout=CONNECT_SECONDS, banner_timeout=CONNECT_SECONDS, auth_timeout=2 * CONNECT_SECONDS,
-                transport_factory=self._make_transport,
-            )  # fmt: skip
-        except BaseException:
-            client.close()
-            raise
-        return client
-
-    def _make_transport(self, sock: Any, **options: Any) -> paramiko.Transport:
-        # The default of 512 MB would mean hundreds of key exchanges in one big upload.
-        packetizer = type(
-            "Packetizer", (self.paramiko.packet.Packetizer,), {"REKEY_BYTES": REKEY_BYTES}
-        )
-        transport: paramiko.Transport = self.paramiko.Transport(
-            sock, packetizer_class=packetizer, **options
-        )
-        security = transport.get_security_options()
-        fast = [cipher for cipher in security.ciphers if "gcm" in cipher]
-        security.ciphers = (*fast, *(c for c in security.ciphers if c not in fast))
-        known = self._host_keys.known_types()
-        security.key_types = sorted(security.key_types, key=lambda kind: kind not in known)
-        return transport
-
-    def _open_socket(self) -> Any:
-        if self._jump is None:
-            self._jump = self._jump_host()
-        if self._jump is not None:
-            return self._jump.channel_to(self.hostname, self.port)
-        command = self.config.get("proxycommand", "none")
-        if command != "none":
-            return self._through_command(command)
-        sock = socket.create_connection((self.hostname, self.port), CONNECT_SECONDS)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-
-    def _jump_host(self) -> SSHConnection | None:
-        """The last of the hosts that ProxyJump names, each reached through the one before."""
-        jump: SSHConnection | None = None
-        for name in self.config.get("proxyjump", "none").split(","):
-            if name == "none":
-                continue
-            user, _, host = name.strip().removeprefix("ssh://").rpartition("@")
-            host, _, port = host.partition(":") if host.count(":") == 1 else (host, "", "")
-            settings = dataclasses.replace(
-                self.settings, host=host, user=user or None, port=_port(port) if port else None,
-                identity=None, host_key=None, passphrase=None,
-            )  # fmt: skip
-            jump = SSHConnection(settings, jump)
-        return jump
-
-    def channel_to(self, hostname: str, port: int) -> paramiko.Channel:
-        """A channel that this server connects to another one."""
-        with ssh_errors(self):
-            return self.transport.open_channel(
-                "direct-tcpip", (hostname, port), ("127.0.0.1", 0), timeout=CONNECT_SECONDS
-            )
-
-    def _through_command(self, command: str) -> Any:
-        if os.name == "nt":
-            return self.paramiko.ProxyCommand(command)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._proxy = subprocess.Popen(
-                ["/bin/sh", "-c", f"exec {command}"],
-                stdin=theirs.fileno(), stdout=theirs.fileno(), start_new_session=True,
-            )  # fmt: skip
-        return ours
-
-    def locked_key(self) -> str | None:
-        """The first key file that is encrypted and that the passphrase, if any, does not open."""
-        return next((path for path in self.identities() if self._is_locked(path)), None)
-
-    def _is_locked(self, path: str) -> bool:
-        passphrase = self.settings.passphrase
-        try:
-            self.paramiko.PKey.from_path(path, passphrase.encode() if passphrase else None)
-        except (self.paramiko.PasswordRequiredException, TypeError):
-            return True
-        except Exception:  # what else is wrong with it a passphrase mends only if there was one
-            return passphrase is not None
-        return False
-
-    def _watch(self) -> None:
-        """Ask for a sign of life when it is quiet; close a link that gives none."""
-        patience = self.settings.timeout
-        while not self._closed.wait(patience / 4):
-            silent = time.monotonic() - self._sock.last_heard
-            if silent > patience:
-                self.dead = True
-                self._client.close()
-                return
-            if silent > patience / 4:
-                threading.Thread(target=self._ping, daemon=True).start()
-
-    def _ping(self) -> None:
-        with contextlib.suppress(Exception):  # a link that cannot be asked is found by its silence
-            self.transport.global_request("keepalive@openssh.com", wait=True)
-
-
-DEFAULT_KEYS = ("~/.ssh/id_ed25519", "~/.ssh/id_ecdsa", "~/.ssh/id_rsa")
-SHA256_COMMANDS = {
-    "openssl": "openssl dgst -sha256 -r",  # first: it uses the processor's SHA instructions
-    "sha256sum": "sha256sum",
-    "shasum": "shasum -a 256",
-}
-
-
-def shell_command(script: str) -> bytes:
-    """One command line that runs `script` in a POSIX shell, whatever the login shell is."""
-    return os.fsencode(f"sh -c {shlex.quote(script)}")
-
-
-def printable_lines(text: bytes) -> str:
-    """Output of a server, made safe to show."""
-    return "; ".join(
-        printable(line) for line in text.decode("utf-8", "replace").splitlines() if line
-    )
-
-
-def _local_user() -> str:
-    return str(need("getpass").getuser())
-
-
-@contextlib.contextmanager
-def ssh_errors(connection: SSHConnection) -> Iterator[None]:
-    """Translate what paramiko and sockets raise into the errors a user understands."""
-    try:
-        yield
-    except CloudError:
-        raise
-    except Exception as error:
-        translated = _translate_ssh(connection, error)
-        if translated is None:
-            raise
-        raise translated from error
-
-
-def _translate_ssh(connection: SSHConnection, error: Exception) -> CloudError | None:
-    """The table of SSH failures; None: unknown, let it be loud."""
-    paramiko = connection.paramiko
-    name, where = connection.name, f"{connection.hostname}:{connection.port}"
-    login = f"ssh -p {connection.port} {shlex.quote(connection.user)}@{shlex.quote(connection.hostname)}"
-    if connection.dead:
-        return connection.lost()
-    refused = isinstance(error, paramiko.AuthenticationException)
-    if (refused or connection.settings.passphrase) and (locked := connection.locked_key()):
-        why = "is wrong" if connection.settings.passphrase else "is needed"
-        return AccessError(
-            f"the passphrase of {printable(locked)} {why}", f"ssh-add {shlex.quote(locked)}"
-        )
-    if refused:
-        return AccessError(
-            f"{name} refuses the login of {connection.user}: no offered key is accepted",
-            f"{login}   (add --identity KEY, or install your key with ssh-copy-id)",
-        )
-    if isinstance(error, socket.gaierror):
-        return ConnectError(
-            f"the host {printable(connection.hostname)} does not resolve: {error.strerror}",
-            "check --host, or PAPERSPACE_HOST in the environment or .env",
-        )
-    if isinstance(error, ConnectionRefusedError):
-        return ConnectError(
-            f"{where} refuses the connection",
-            f"is the machine on, and is {connection.port} its SSH port? {login}",
-        )
-    if not hasattr(connection, "_client"):
-        if isinstance(error, (OSError, EOFError, paramiko.SSHException)):
-            return ConnectError(
-                f"cannot connect to {where}: {printable(error) or 'no answer'}", f"try: {login}"
-            )
-        return (
-            AccessError(f"cannot log in to {where}: {printable(error)}", f"try: {login}")
-            if isinstance(error, ValueError)
-            else None
-        )
-    if isinstance(error, (paramiko.SSHException, EOFError, OSError)):
-        return connection.lost()
-    return None
-
-
-def ssh_config(host: str) -> dict[str, Any]:
-    """What ~/.ssh/config and the system's ssh_config say about `host`, Include lines followed."""
-    paramiko = need("paramiko")
-    files = (os.path.expanduser("~/.ssh/config"), "/etc/ssh/ssh_config")
-    text = "\n".join(line for file in files for line in _config_lines(file))
-    try:
-        found: dict[str, Any] = paramiko.SSHConfig.from_text(text).lookup(host)
-    except paramiko.ConfigParseError as error:
-        raise AccessError(f"~/.ssh/config cannot be read: {printable(error)}") from error
-    return found
-
-
-def _config_lines(path: str, depth: int = 0) -> Iterator[str]:
-    """The lines of an ssh_config file; an Include line is replaced by the files it names."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except (FileNotFoundError, PermissionError, IsADirectoryError):
-        return
-    for line in lines:
-        include = re.fullmatch(r"\s*include[\s=]+(.+?)\s*", line, re.IGNORECASE)
-        if not include or depth > 16:  # as deep as OpenSSH goes
-            yield line
-            continue
-        for pattern in shlex.split(include[1]):
-            full = os.path.join(os.path.dirname(path), os.path.expanduser(pattern))
-            for file in sorted(glob.glob(full)):
-                yield from _config_lines(file, depth + 1)
-
-
-class KnownHosts:
-    """Decides about host keys: known_hosts first, then a pinned fingerprint, then consent.
-
-    A changed key is refused whatever the flags say; so is a key of another type than the known
-    ones, which is how a changed key would slip through as a new one.
-    """
-
-    def __init__(self, connection: SSHConnection) -> None:
-        config = connection.config
-        name = config.get("hostkeyalias") or connection.hostname
-        port = 22 if config.get("hostkeyalias") else connection.port
-        self._connection = connection
-        self.entry = name if port == 22 else f"[{name}]:{port}"
-        user_files = config.get("userknownhostsfile", "~/.ssh/known_hosts").split()
-        self.file = Path(os.path.expanduser(user_files[0]))
-        self._known: list[paramiko.PKey] = []
-        self._revoked: list[str] = []
-        for file in (*user_files, "/etc/ssh/ssh_known_hosts"):
-            self._read(Path(os.path.expanduser(file)))
-
-    def _read(self, file: Path) -> None:
-        hosts = self._connection.paramiko.hostkeys
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(file, encoding="utf-8", errors="replace") as lines,
-        ):
-            for line in lines:
-                if line.startswith("@revoked"):
-                    self._revoked += line.split()[2:4]
-                    continue
-                with contextlib.suppress(Exception):  # ssh skips malformed lines, too
-                    entry = hosts.HostKeyEntry.from_line(line)
-                    if entry and self._names_us(entry.hostnames):
-                        self._known.append(entry.key)
-
-    def _names_us(self, patterns: list[str]) -> bool:
-        hash_host = self._connection.paramiko.HostKeys.hash_host
-        hashed = any(p.startswith("|1|") and hash_host(self.entry, p) == p for p in patterns)
-        plain = [p for p in patterns if not p.startswith(("|1|", "!"))]
-        unwanted = [p[1:] for p in patterns if p.startswith("!")]
-        escape = str.maketrans({"[": "[[]"})
-        return hashed or (
-            any(fnmatch.fnmatchcase(self.entry, p.translate(escape)) for p in plain)
-            and not any(fnmatch.fnmatchcase(self.entry, p.translate(escape)) for p in unwanted)
-        )
-
-    def known_types(self) -> set[str]:
-        """Signature algorithms to prefer, so that the server offers a key that is known."""
-        names = {key.get_name() for key in self._known}
-        return names | ({"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in names else set())
-
-    def missing_host_key(self, client: object, hostname: str, key: paramiko.PKey) -> None:
-        """Accept the server's key by returning, or raise HostKeyError. (paramiko's name for it.)"""
-        settings = self._connection.settings
-        fingerprint = key.fingerprint
-        shown = f"{self.entry} ({key.get_name()} {fingerprint})"
-        if key.get_base64() in self._revoked:
-            raise HostKeyError(f"the host key of {shown} is revoked in known_hosts")
-        if self._known and key not in self._known:
-            raise HostKeyError(
-                f"the host key of {shown} has CHANGED: somebody may be listening in",
-                f"if the server was really reinstalled: ssh-keygen -R {shlex.quote(self.entry)}",
-            )
-        if settings.host_key and settings.host_key != fingerprint:
-            raise HostKeyError(
-                f"the host key of {shown} is not the expected {settings.host_key}",
-                "compare with: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub   (on the server)",
-            )
-        if self._known:
-            return
-        if not (settings.accept_new_host_key or settings.host_key):
-            raise HostKeyError(
-                f"the host key of {shown} is unknown",
-                f"if that is its fingerprint, add: --host-key {fingerprint}   (or --accept-new-host-key)",
-            )
-        self._remember(key)
-
-    def _remember(self, key: paramiko.PKey) -> None:
-        with local_errors(self.file):
-            self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(self.file, "a+b") as stream:
-                stream.seek(0)
-                content = stream.read()
-                gap = "" if not content or content.endswith(b"\n") else "\n"
-                stream.write(f"{gap}{self.entry} {key.get_name()} {key.get_base64()}\n".encode())
-        log.warning(
-            "remembered the host key of %s in %s: %s", self.entry, self.file, key.fingerprint
-        )
-
-
-# ── SSH: stores ──────────────────────────────────────────────────────────────────────────────────
-
-
-class SSHStore(Store):
-    """What both kinds of SSH servers share: the checks that commands on the server make possible."""
-
-    def __init__(self, connection: SSHConnection, streams: int) -> None:
-        self.connection = connection
-        self.name = connection.name
-        self.streams = connection.settings.streams or streams
-
-    def digests(self, path: str, size: int) -> list[str]:
-        if not self.connection.sha256_command:
-            return ReadBack(self, path).digests(size)
-        done = self.connection.run(
-            f"i=0; while [ $i -lt {len(spans(size))} ]; do dd if={quoted(path)} bs={SEGMENT_BYTES} skip=$i count=1"
-            f" 2>/dev/null | {self.connection.sha256_command}; i=$((i+1)); done"
-        )
-        return re.findall(r"(?m)^[0-9a-f]{64}", done.output.decode("ascii", "replace"))
-
-    def get_ready(self) -> None:
-        threading.Thread(target=self._learn_tools, daemon=True).start()
-
-    def _learn_tools(self) -> None:
-        with contextlib.suppress(CloudError):  # whoever needs the answer gets the error
-            self.can_hash  # noqa: B018 - asked for its side effect
-
-    @property
-    def can_hash(self) -> bool:
-        return bool(self.connection.sha256_command)
-
-    def check(self, path: str, growing: bool = False) -> ContentCheck:
-        if not self.can_hash:
-            return ReadBack(self, path)
-        return (
-            _GrowingCheck(self.connection, path)
-            if growing
-            else _CommandCheck(self.connection, path)
-        )
-
-    def require_unpacking(self) -> None:
-        if not self.connection.sha256_command:
-            raise AccessError(
-                f"{self.name} runs no commands, so it cannot unpack", "leave out --extract"
-            )
-
-    def unpack(self, archive: str) -> None:
-        # tar's verbose list ends with the last member: our manifest.
-        folder, name = posixpath.split(archive)
-        self.command(
-            f"cd {quoted(folder or '.')} || exit; LC_ALL=C; export LC_ALL\n"
-            f"last=$({{ tar --no-same-owner -xzvf {quoted('./' + name)} || echo FAILED; }} | tail -n 1)\n"
-            'case "$last" in (*.sha256) ;; (FAILED) exit 1;; (*) echo "no manifest in it" >&2; exit 1;; esac\n'
-            'if command -v sha256sum >/dev/null; then sha256sum -c "./$last"; else shasum -a 256 -c "./$last"; fi'
-            " >/dev/null",
-            f"unpack {printable(archive)}",
-        )
-
-    def command(self, script: str, purpose: str) -> bytes:
-        """Run a script that must succeed; return its output."""
-        done = self.connection.run(script)
-        if done.status == 0:
-            return done.output
-        for text, kind in SHELL_ERRORS.items():
-            if text in done.errors:
-                raise kind(f"{self.name} cannot {purpose}: {done.errors}")
-        raise TransferError(
-            f"{self.name} cannot {purpose}: {done.errors or f'status {done.status}'}", SAME_COMMAND
-        )
-
-    def close(self) -> None:
-        self.connection.close()
-
-
-SHELL_ERRORS: dict[str, type[CloudError]] = {
-    "No space left": DiskFullError,
-    "quota exceeded": DiskFullError,
-    "Permission denied": AccessError,
-    "Read-only file system": AccessError,
-    "WARNING: ": IntegrityError,  # sha256sum -c: computed checksums did NOT match
-    "FAILED": IntegrityError,
-    "No such file": NotFoundError,
-    "no manifest in it": IntegrityError,
-    "gzip: ": IntegrityError,
-    "tar: ": IntegrityError,
-}
-
-
-def quoted(path: str) -> str:
-    """A path for a POSIX shell: quoted, and never taken for an option."""
-    return shlex.quote("./" + path if path.startswith("-") else path)
-
-
-class _CommandCheck:
-    """Hashes a file on the server, by one command that runs while the transfer does."""
-
-    how = "SHA-256 computed on the server"
-
-    def __init__(self, connection: SSHConnection, path: str) -> None:
-        self._connection, self._path = connection, path
-        self._input: queue.Queue[bytes] = queue.Queue()
-        self._answer: Future[str] = Future()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def ready(self, segments: int) -> None:
-        """The file was complete from the start."""
-
-    def result(self, size: int) -> str:
-        self._input.put(b"")
-        return self._answer.result()
-
-    def _script(self) -> str:
-        return f"{self._connection.sha256_command} < {quoted(self._path)}"
-
-    def _run(self) -> None:
-        try:
-            self._answer.set_result(self._hash())
-        except BaseException as error:
-            self._answer.set_exception(error)
-
-    def _hash(self) -> str:
-        with (
-            ssh_errors(self._connection),
-            contextlib.closing(self._connection.open_command_session()) as channel,
-        ):
-            channel.exec_command(shell_command(self._script()))
-            for line in iter(self._input.get, b""):
-                channel.sendall(line)
-            channel.shutdown_write()
-            answer = b"".join(iter(lambda: channel.recv(MIB), b"")).decode("ascii", "replace")
-        found = re.findall(r"(?m)^[0-9a-f]{64}", answer)
-        if not found:
-            raise TransferError("the server did not answer with a SHA-256", SAME_COMMAND)
-        return str(found[-1])
-
-
-class _GrowingCheck(_CommandCheck):
-    """Hashes a file on the server while it arrives: the server reads what is complete so far.
-
-    One shell loop reads lines "skip count" and feeds those segments of the file to one hash. The
-    newest segment is held back until the end, as a stale longer file may still be cut there.
-    """
-
-    BATCH = 16  # segments a dd, so that few processes start
-    _asked = 0
-
-    def _script(self) -> str:
-        return (
-            f"while read -r skip count; do dd if={quoted(self._path)} bs={SEGMENT_BYTES} skip=$skip"
-            f" count=$count 2>/dev/null; done | {self._connection.sha256_command}"
-        )
-
-    def ready(self, segments: int) -> None:
-        if segments - 1 >= self._asked + self.BATCH:
-            self._ask(segments - 1)
-
-    def result(self, size: int) -> str:
-        self._ask(len(spans(size)))
-        return super().result(size)
-
-    def _ask(self, segments: int) -> None:
-        self._input.put(b"%d %d\n" % (self._asked, segments - self._asked))
-        self._asked = segments
+# ── Paperspace ───────────────────────────────────────────────────────────────────────────────────
 
 
 def list_hint(path: str) -> str:
     """The command that shows what is there instead."""
     folder = posixpath.dirname(path.rstrip("/")) or "/"
     return f"python cloud_services.py list-remote-files --path {shlex.quote(folder)}"
-
-
-class NoSFTPError(AccessError):
-    """The server has no SFTP subsystem."""
-
-
-class SFTPStore(SSHStore):
-    """A server with the SFTP subsystem: ranges, several channels, no command needed."""
-
-    def __init__(self, connection: SSHConnection) -> None:
-        started = time.monotonic()
-        channel = connection.open_session(connection.settings.timeout, _SFTPChannel.WINDOW_BYTES)
-        near = time.monotonic() - started < 0.005
-        super().__init__(connection, streams=2 if near else 9)
-        self._control = _SFTPChannel(connection, channel)
-        self._control_is_free = True
-        self._standby: list[Future[_SFTPChannel]] = []
-        self._lock = threading.Lock()
-        connection.make_room = self._give_up_a_lane
-
-    @property
-    def control(self) -> _SFTPChannel:
-        """The channel for everything but content; a new one when a lane on it has failed."""
-        if self._control.closed:
-            self._control = _SFTPChannel(self.connection)
-        return self._control
-
-    def get_ready(self) -> None:
-        super().get_ready()
-        pool = ThreadPoolExecutor(self.streams)
-        while len(self._standby) < self.streams - 1:
-            self._standby.append(pool.submit(_SFTPChannel, self.connection))
-        pool.shutdown(wait=False)
-
-    def _give_up_a_lane(self) -> None:
-        while self._standby:
-            with contextlib.suppress(NoMoreSessionsError, IndexError):
-                return self._standby.pop().result().close()
-
-    def lane(self, path: str, writing: bool) -> Lane:
-        """The last lane shares the control channel: a server grants ten sessions (MaxSessions)."""
-        with self._lock:
-            standby = self._standby.pop() if self._standby else None
-            shared = standby is None and self._control_is_free
-            self._control_is_free = self._control_is_free and not shared
-        if shared:
-            return _SFTPLane(self.control, path, writing, self._control_came_back)
-        channel = standby.result() if standby else _SFTPChannel(self.connection)
-        return _SFTPLane(channel, path, writing)
-
-    def _control_came_back(self) -> None:
-        self._control_is_free = True
-
-    def infos(self, *paths: str) -> list[FileInfo | None]:
-        control = self.control
-        requests = [control.request(SFTP.STAT, control.string(path)) for path in paths]
-        found: list[FileInfo | None] = []
-        for path, _ in zip(paths, requests, strict=True):
-            kind, answer = control.answer()
-            if kind == SFTP.STATUS and answer.status() == SFTP.NO_SUCH_FILE:
-                found.append(None)
-            else:
-                found.append(control.expect(SFTP.ATTRS, kind, answer, path).file_info(path))
-        return found
-
-    def entries(self, folder: str) -> list[FileInfo]:
-        control = self.control
-        handle = control.ask(SFTP.OPENDIR, control.string(folder), SFTP.HANDLE, folder).rest()
-        infos: list[FileInfo] = []
-        links: list[str] = []
-        while True:
-            control.request(SFTP.READDIR, handle)
-            kind, answer = control.answer()
-            if kind == SFTP.STATUS and answer.status() == SFTP.EOF:
-                break
-            answer = control.expect(SFTP.NAME, kind, answer, folder)
-            for _ in range(answer.number()):
-                name, _ = os.fsdecode(answer.string()), answer.string()
-                info = answer.file_info(posixpath.join(folder, name) if folder != "." else name)
-                if "/" in name or "\0" in name:
-                    raise IntegrityError(
-                        f"{self.name} lists a hostile file name: {printable(name)!r}"
-                    )
-                if name not in (".", ".."):
-                    (links if answer.is_link else infos).append(
-                        info.path if answer.is_link else info
-                    )  # type: ignore[arg-type]
-        control.ask(SFTP.CLOSE, handle, SFTP.STATUS, folder)
-        return infos + [info for info in self.infos(*links) if info is not None]
-
-    def make_folder(self, folder: str) -> None:
-        control = self.control
-        (info,) = self.infos(folder)
-        if info is None:
-            if above := posixpath.dirname(folder.rstrip("/")):
-                self.make_folder(above)
-            no_attributes = struct.pack(">I", 0)
-            control.ask(SFTP.MKDIR, control.string(folder) + no_attributes, SFTP.STATUS, folder)
-        elif not info.is_folder:
-            raise UsageError(
-                f"{printable(folder)} on {self.name} is not a folder", "choose another --path"
-            )
-
-    def free_bytes(self, folder: str) -> int | None:
-        control = self.control
-        if b"statvfs@openssh.com" not in control.extensions:
-            return None
-        request = control.string("statvfs@openssh.com") + control.string(folder)
-        _, unit, _, _, free, *_ = control.ask(
-            SFTP.EXTENDED, request, SFTP.EXTENDED_REPLY, folder
-        ).longs(11)
-        return unit * free
-
-    def truncate(self, path: str, size: int) -> None:
-        control = self.control
-        attributes = struct.pack(">IQ", SFTP.ATTR_SIZE, size)
-        control.ask(SFTP.SETSTAT, control.string(path) + attributes, SFTP.STATUS, path)
-
-    def replace(self, part: str, target: str) -> None:
-        control = self.control
-        names = control.string(part) + control.string(target)
-        if b"posix-rename@openssh.com" in control.extensions:
-            request = control.string("posix-rename@openssh.com") + names
-            control.ask(SFTP.EXTENDED, request, SFTP.STATUS, target)
-            return
-        if self.info(target) is not None:  # plain SFTP renames onto nothing only
-            control.ask(SFTP.REMOVE, control.string(target), SFTP.STATUS, target)
-        control.ask(SFTP.RENAME, names, SFTP.STATUS, target)
-
-
-class SFTP:
-    """Numbers of SFTP version 3 (draft-ietf-secsh-filexfer-02)."""
-
-    INIT, VERSION, OPEN, CLOSE, READ, WRITE = 1, 2, 3, 4, 5, 6
-    SETSTAT, OPENDIR, READDIR, REMOVE, MKDIR, STAT, RENAME = 9, 11, 12, 13, 14, 17, 18
-    STATUS, HANDLE, DATA, NAME, ATTRS, EXTENDED, EXTENDED_REPLY = 101, 102, 103, 104, 105, 200, 201
-    EOF, NO_SUCH_FILE, PERMISSION_DENIED = 1, 2, 3
-    OPEN_READ, OPEN_WRITE_CREATE = 0x01, 0x02 | 0x08
-    ATTR_SIZE, ATTR_OWNER, ATTR_MODE, ATTR_TIMES = 0x01, 0x02, 0x04, 0x08
-
-
-class _Answer:
-    """The payload of an SFTP packet, read field by field."""
-
-    is_link = False
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def _take(self, layout: str) -> tuple[int, ...]:
-        fields = struct.unpack_from(layout, self._data, self._at)
-        self._at += struct.calcsize(layout)
-        return fields
-
-    def number(self) -> int:
-        return self._take(">I")[0]
-
-    def longs(self, count: int) -> tuple[int, ...]:
-        return self._take(f">{count}Q")
-
-    def string(self) -> bytes:
-        length = self.number()
-        self._at += length
-        return self._data[self._at - length : self._at]
-
-    def rest(self) -> bytes:
-        return self._data[self._at :]
-
-    def status(self) -> int:
-        return int(struct.unpack_from(">I", self._data, self._at)[0])
-
-    def file_info(self, path: str) -> FileInfo:
-        flags = self.number()
-        size = self.longs(1)[0] if flags & SFTP.ATTR_SIZE else 0
-        self._at += 8 if flags & SFTP.ATTR_OWNER else 0
-        mode = self.number() if flags & SFTP.ATTR_MODE else 0
-        _, mtime = self._take(">II") if flags & SFTP.ATTR_TIMES else (0, 0)
-        for _ in range(2 * self.number() if flags & 0x80000000 else 0):
-            self.string()
-        self.is_link = stat.S_ISLNK(mode)
-        return FileInfo(path, size, mtime, stat.S_ISDIR(mode))
-
-
-class _SFTPChannel:
-    """One channel that speaks SFTP version 3, with as many requests under way as one likes.
-
-    paramiko's own client waits for each answer and sends 32 KiB at a time; here requests are as
-    large as the server allows, and follow each other without waiting.
-    """
-
-    WINDOW_BYTES = 32 * MIB
-    SSH_PACKET_BYTES = 32 * KIB - 64
-
-    def __init__(self, connection: SSHConnection, channel: paramiko.Channel | None = None) -> None:
-        self.connection = connection
-        self._channel = channel or connection.open_session(
-            connection.settings.timeout, self.WINDOW_BYTES
-        )
-        self._channel.in_buffer = _ChunkPipe()  # type: ignore[assignment]
-        self._received = memoryview(b"")
-        self._last_id = 0
-        self.closed = False
-        with ssh_errors(connection):
-            try:
-                self._channel.invoke_subsystem("sftp")
-            except connection.paramiko.SSHException as error:
-                if not connection.transport.is_active():
-                    raise
-                raise NoSFTPError(f"{connection.name} has no SFTP subsystem") from error
-        self._send(struct.pack(">IBI", 5, SFTP.INIT, 3))
-        self.extensions = self.read(self.header()[0])
-        # 32 KiB is what every server takes; OpenSSH names its limits extension since it takes 255.
-        large = b"limits@openssh.com" in self.extensions
-        self.step = SFTP_REQUEST_BYTES if large else 32 * KIB
-
-    @staticmethod
-    def string(text: str | bytes) -> bytes:
-        data = os.fsencode(text)
-        return struct.pack(">I", len(data)) + data
-
-    def request(self, kind: int, payload: bytes) -> int:
-        """Send a request and return its number, without waiting."""
-        self._last_id = (self._last_id + 1) & 0xFFFFFFFF
-        self._send(struct.pack(">IBI", len(payload) + 5, kind, self._last_id) + payload)
-        return self._last_id
-
-    def answer(self) -> tuple[int, _Answer]:
-        """The next packet: its kind, and what follows the request's number."""
-        length, kind = self.header()
-        return kind, _Answer(self.read(length)[4:])
-
-    def ask(self, kind: int, payload: bytes, expected: int, path: str) -> _Answer:
-        """A request about `path` that is answered before anything else happens."""
-        self.request(kind, payload)
-        return self.expect(expected, *self.answer(), path)
-
-    def expect(self, expected: int, kind: int, answer: _Answer, path: str) -> _Answer:
-        """The answer, if it is of the expected kind and no failure; else its error."""
-        if kind == SFTP.STATUS and (expected != SFTP.STATUS or answer.status() != 0):
-            raise self.error(answer, path)
-        if kind != expected:
-            raise TransferError(f"{self.connection.name} answers out of turn: {kind}", SAME_COMMAND)
-        return answer
-
-    def error(self, answer: _Answer, path: str) -> CloudError:
-        """What a status answer means for `path`."""
-        status, text = answer.number(), printable(answer.string())
-        shown = f"{printable(path)} on {self.connection.name}"
-        if status == SFTP.EOF:
-            return IntegrityError(f"{shown} became shorter while it was read", SAME_COMMAND)
-        if status == SFTP.NO_SUCH_FILE:
-            return NotFoundError(f"{shown} does not exist", list_hint(path))
-        if status == SFTP.PERMISSION_DENIED:
-            return AccessError(
-                f"{shown}: permission denied", "choose another --path, or check the rights there"
-            )
-        return TransferError(f"{shown}: the server answers: {text}", SAME_COMMAND)
-
-    def header(self) -> tuple[int, int]:
-        """Length of the rest, and kind, of the next packet."""
-        length, kind = struct.unpack(">IB", self.read(5))
-        return length - 1, kind
-
-    def number(self) -> int:
-        """A 32-bit number of the packet that is being read."""
-        return int(struct.unpack(">I", self.read(4))[0])
-
-    def read_into(self, buffer: memoryview) -> None:
-        """Fill `buffer` from the packet that is being read."""
-        filled = 0
-        while filled < len(buffer):
-            piece = self._read_some(len(buffer) - filled)
-            buffer[filled : filled + len(piece)] = piece
-            filled += len(piece)
-
-    def has_answers(self) -> bool:
-        """Whether reading would not wait."""
-        return bool(self._received) or self._channel.recv_ready()
-
-    def close(self) -> None:
-        """Close it in the thread that used it.
-
-        A channel that the garbage collector closes inside paramiko's own thread during a key
-        exchange blocks the connection for 30 seconds.
-        """
-        self.closed = True
-        with contextlib.suppress(Exception):
-            self._channel.close()
-
-    def _send(self, packet: bytes) -> None:
-        with ssh_errors(self.connection):
-            # Cut here to what one SSH packet takes: paramiko would copy the rest at each cut.
-            for start in range(0, len(packet), self.SSH_PACKET_BYTES):
-                self._channel.sendall(packet[start : start + self.SSH_PACKET_BYTES])
-
-    def read(self, count: int) -> bytes:
-        """Exactly `count` bytes of the packet that is being read."""
-        data = bytes(self._read_some(count))
-        while len(data) < count:
-            data += self._read_some(count - len(data))
-        return data
-
-    def _read_some(self, most: int) -> memoryview:
-        """At least one byte and at most `most`, as they came: nothing is copied."""
-        if not self._received:
-            with ssh_errors(self.connection):
-                self._received = memoryview(self._channel.recv(most))
-            if not self._received:
-                raise self.connection.lost()
-        data, self._received = self._received[:most], self._received[most:]
-        return data
-
-
-class _SFTPLane:
-    """One SFTP channel with one open file."""
-
-    MAX_WAITING_BYTES = 8 * SEGMENT_BYTES
-
-    def __init__(
-        self,
-        channel: _SFTPChannel,
-        path: str,
-        writing: bool,
-        give_back: Callable[[], None] | None = None,
-    ) -> None:
-        self._sftp, self._path, self._give_back = channel, path, give_back
-        self._idle = True
-        self._limiter = channel.connection.limiter
-        # Reused: on many machines fresh memory costs more than the copy.
-        self._buffer = memoryview(bytearray(0 if writing else channel.step))
-        flags = SFTP.OPEN_WRITE_CREATE if writing else SFTP.OPEN_READ
-        request = channel.string(path) + struct.pack(">II", flags, 0)
-        self._handle = channel.ask(SFTP.OPEN, request, SFTP.HANDLE, path).rest()
-
-    def send(
-        self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
-    ) -> None:
-        waiting: dict[int, Span] = {}  # request → segment, bytes
-        unconfirmed: dict[int, int] = {}  # segment → bytes
-        sftp, self._idle = self._sftp, False
-        for number, data in segments:
-            unconfirmed[number] = len(data)
-            for start in range(0, len(data), sftp.step):
-                block = data[start : start + sftp.step]
-                self._limiter.take(len(block))
-                head = struct.pack(">QI", number * SEGMENT_BYTES + start, len(block))
-                waiting[sftp.request(SFTP.WRITE, self._handle + head + block)] = Span(
-                    number, len(block)
-                )
-                while sftp.has_answers() or sum(unconfirmed.values()) > self.MAX_WAITING_BYTES:
-                    self._confirm(waiting, unconfirmed, arrived, advance)
-        while waiting:
-            self._confirm(waiting, unconfirmed, arrived, advance)
-        self._idle = True
-
-    def _confirm(
-        self, waiting: dict[int, Span], unconfirmed: dict[int, int],
-        arrived: Callable[[int], None], advance: Advance,
-    ) -> None:  # fmt: skip
-        """Take one answer to a write."""
-        length, kind = self._sftp.header()
-        request = self._sftp.number()
-        answer = _Answer(self._sftp.read(length - 4))
-        self._sftp.expect(SFTP.STATUS, kind, answer, self._path)
-        number, count = waiting.pop(request)
-        advance(count)
-        unconfirmed[number] -= count
-        if not unconfirmed[number]:
-            del unconfirmed[number]
-            arrived(number)
-
-    def receive(self, spans: Iterable[Span], sink: Sink, advance: Advance) -> None:
-        wanted = iter(spans)
-        requests: dict[int, Span] = {}  # request → offset in the file, bytes
-        missing: dict[int, int] = {}  # segment → bytes that have not come yet
-        self._idle = False
-        while True:
-            while sum(missing.values()) < self.MAX_WAITING_BYTES and (span := next(wanted, None)):
-                missing[span.number] = span.length
-                self._request_reads(span.number * SEGMENT_BYTES, span.length, requests)
-            if not missing:
-                break
-            offset, length = self._take_data(requests, sink, advance)
-            number = offset // SEGMENT_BYTES
-            missing[number] -= length
-            if not missing[number]:
-                del missing[number]
-                sink.arrived(number)
-        self._idle = True
-
-    def _request_reads(self, offset: int, length: int, requests: dict[int, Span]) -> None:
-        for at in range(offset, offset + length, self._sftp.step):
-            count = min(self._sftp.step, offset + length - at)
-            head = struct.pack(">QI", at, count)
-            requests[self._sftp.request(SFTP.READ, self._handle + head)] = Span(at, count)
-
-    def _take_data(
-        self, requests: dict[int, Span], sink: Sink, advance: Advance
-    ) -> tuple[int, int]:
-        """Pass one answer to a read on to `sink`; ask again for what a short answer left out."""
-        sftp = self._sftp
-        rest, kind = sftp.header()
-        offset, wanted = requests.pop(sftp.number())
-        if kind != SFTP.DATA:
-            sftp.expect(SFTP.DATA, kind, _Answer(sftp.read(rest - 4)), self._path)
-        length = sftp.number()
-        if not 0 < length <= wanted:
-            raise TransferError(
-                f"{sftp.connection.name} sends {length} bytes for {wanted}", SAME_COMMAND
-            )
-        self._limiter.take(length)
-        sftp.read_into(self._buffer[:length])
-        if length < wanted:
-            self._request_reads(offset + length, wanted - length, requests)
-        sink.write(offset, self._buffer[:length])
-        advance(length)
-        return offset, length
-
-    def close(self) -> None:
-        if self._give_back is None or not self._idle:
-            self._sftp.close()
-        else:
-            self._sftp.ask(SFTP.CLOSE, self._handle, SFTP.STATUS, self._path)
-        if self._give_back is not None:
-            self._give_back()
-
-
-class ShellStore(SSHStore):
-    """A server without SFTP: the old scp protocol through the scp package, the rest by commands.
-
-    scp moves whole files only, so each segment goes as a small file that dd then puts in its
-    place; a download reads its ranges with dd.
-    """
-
-    def __init__(self, connection: SSHConnection) -> None:
-        super().__init__(connection, streams=8)
-        self._scp: Any = need("scp")
-        if not connection.sha256_command:
-            raise AccessError(f"{self.name} offers neither SFTP nor the commands that scp needs")
-
-    def infos(self, *paths: str) -> list[FileInfo | None]:
-        return [self._look(path) for path in paths]
-
-    def _look(self, path: str) -> FileInfo | None:
-        quoted_path = quoted(path)
-        output = self.command(
-            f"[ -e {quoted_path} ] || exit 0; {_stat_script(quoted_path)}",
-            f"look at {printable(path)}",
-        )
-        return _parse_stat(path, output.decode()) if output.strip() else None
-
-    def entries(self, folder: str) -> list[FileInfo]:
-        output = self.command(
-            f'cd {quoted(folder)} || exit; for f in * .[!.]* ..?*; do [ -e "$f" ] || continue; '
-            + _stat_script('"./$f"') + r"""; printf '%s\0' "$f"; done""",
-            f"list {printable(folder)}",
-        )  # fmt: skip
-        infos = []
-        for record in output.split(b"\0")[:-1]:
-            numbers, _, name = os.fsdecode(record).partition("\n")
-            path = posixpath.join(folder, name) if folder != "." else name
-            infos.append(_parse_stat(path, numbers))
-        return infos
-
-    def make_folder(self, folder: str) -> None:
-        self.command(f"mkdir -p {quoted(folder)}", f"make the folder {printable(folder)}")
-
-    def free_bytes(self, folder: str) -> int | None:
-        done = self.connection.run(f"df -Pk {quoted(folder)}")
-        match = re.search(rb"(\d+)\s+\d+%", done.output)
-        return int(match[1]) * KIB if match else None
-
-    def lane(self, path: str, writing: bool) -> Lane:
-        return _ShellLane(self, path)
-
-    def truncate(self, path: str, size: int) -> None:
-        self.command(
-            f"dd if=/dev/null of={quoted(path)} bs=1 count=0 seek={size} 2>/dev/null", "cut a file"
-        )
-
-    def replace(self, part: str, target: str) -> None:
-        self.command(f"mv -f {quoted(part)} {quoted(target)}", f"rename to {printable(target)}")
-
-    def scp_client(self) -> Any:
-        """A client of the old scp protocol on this connection."""
-        transport = self.connection.transport
-        return self._scp.SCPClient(
-            transport, buff_size=32 * KIB, socket_timeout=self.connection.settings.timeout
-        )
-
-
-def _stat_script(path: str) -> str:
-    """Prints kind, size and time of a file: with GNU's or busybox's stat, or with BSD's."""
-    return (
-        f"if [ -d {path} ]; then printf 'd '; else printf 'f '; fi; "
-        f"stat -L -c '%s %Y' {path} 2>/dev/null || stat -L -f '%z %m' {path}"
-    )
-
-
-def _parse_stat(path: str, line: str) -> FileInfo:
-    kind, size, mtime = line.split()
-    return FileInfo(path, int(size), int(mtime), kind == "d")
-
-
-class _ShellLane:
-    def __init__(self, store: ShellStore, path: str) -> None:
-        self._store, self._path = store, path
-
-    def send(
-        self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
-    ) -> None:
-        connection, path = self._store.connection, quoted(self._path)
-        self._store.command(f": >> {path}", f"write {printable(self._path)}")
-        for index, data in segments:
-            connection.limiter.take(len(data))
-            self._put_piece(f"{self._path}.{index}", data)
-            piece = quoted(f"{self._path}.{index}")
-            self._store.command(
-                f"dd if={piece} of={path} bs={SEGMENT_BYTES} seek={index} conv=notrunc 2>/dev/null && rm {piece}",
-                f"write {printable(self._path)}",
-            )
-            advance(len(data))
-            arrived(index)
-
-    def _put_piece(self, name: str, data: bytes | bytearray) -> None:
-        connection = self._store.connection
-        with ssh_errors(connection), scp_errors(self._store, self._path):
-            client = self._store.scp_client()
-            client.channel = connection.open_command_session()
-            client.putfo(io.BytesIO(data), name, size=len(data))
-
-    def receive(self, spans: Iterable[Span], sink: Sink, advance: Advance) -> None:
-        for index, length in spans:
-            self._store.connection.limiter.take(length)
-            script = (
-                f"dd if={quoted(self._path)} bs={SEGMENT_BYTES} skip={index} count=1 2>/dev/null"
-            )
-            data = self._store.command(script, f"read {printable(self._path)}")
-            require_length(data, length, self._path)
-            sink.write(index * SEGMENT_BYTES, data)
-            advance(length)
-            sink.arrived(index)
-
-    def close(self) -> None:
-        """Nothing stays open between two segments."""
-
-
-@contextlib.contextmanager
-def scp_errors(store: ShellStore, path: str) -> Iterator[None]:
-    """Translate what the scp package raises."""
-    scp = need("scp")
-    try:
-        yield
-    except scp.SCPException as error:
-        message = f"scp cannot write {printable(path)} on {store.name}: {printable(error)}"
-        kind = next((k for text, k in SHELL_ERRORS.items() if text in str(error)), TransferError)
-        raise kind(message, SAME_COMMAND) from error
-
-
-def open_store(settings: SSHSettings, method: str) -> Store:
-    """The store that a method talks to: a mounted folder, or a server over SSH."""
-    if method == "local":
-        return LocalStore()
-    connection = SSHConnection(settings)
-    try:
-        try:
-            return SFTPStore(connection)
-        except NoSFTPError as error:
-            store = ShellStore(connection)
-            log.warning("%s: using the old scp protocol", error)
-            return store
-    except BaseException:
-        connection.close()
-        raise
-
-
-# ── rsync ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def rsync_send(
-    store: Store, source: Source, part: str, held_bytes: int, progress: Progress
-) -> Moved:
-    """The counterpart of send_segments: the system's rsync over the system's ssh."""
-    if not isinstance(store, SSHStore) or not isinstance(source, FileSource):
-        raise UsageError("rsync sends a file to a server; for a folder here use --method local")
-    if not store.can_hash:
-        raise AccessError(
-            f"{store.name} runs no commands, and rsync needs one there", "use --method scp"
-        )
-    digest = file_sha256(source.path)
-    progress.begin("sending", source.size)
-    try:
-        moved = _run_rsync(
-            store, _local_argument(source.path), _remote_argument(store, part), progress
-        )
-    finally:
-        progress.end()
-    how = _compare(store, store.check(part), part, source.total, digest)
-    return Moved(source.total, moved, digest, how)
-
-
-def rsync_fetch(store: Store, remote: FileInfo, part: Path, progress: Progress) -> Moved:
-    """The counterpart of fetch_segments: the system's rsync over the system's ssh."""
-    if not isinstance(store, SSHStore):
-        raise UsageError("rsync fetches from a server; for a folder here use --method local")
-    if not store.can_hash:
-        raise AccessError(
-            f"{store.name} runs no commands, and rsync needs one there", "use --method scp"
-        )
-    check = store.check(remote.path)
-    progress.begin("fetching", remote.size)
-    try:
-        moved = _run_rsync(
-            store, _remote_argument(store, remote.path), _local_argument(part), progress
-        )
-    finally:
-        progress.end()
-    digest = file_sha256(part)
-    try:
-        how = _check_fetched(store, check, remote, part, digest)
-    except IntegrityError:
-        part.unlink(missing_ok=True)
-        raise
-    return Moved(remote.size, moved, digest, how)
-
-
-def _local_argument(path: Path) -> str:
-    return os.path.abspath(path)  # never an option, never host:path
-
-
-def _remote_argument(store: SSHStore, path: str) -> str:
-    hostname = store.connection.hostname
-    host = f"[{hostname}]" if ":" in hostname else hostname
-    return f"{host}:{'./' + path if path.startswith('-') else path}"
-
-
-def _run_rsync(store: SSHStore, origin: str, destination: str, progress: Progress) -> int:
-    """Run rsync, showing its progress; return the bytes it moved. Continues a partial file."""
-    program = shutil.which("rsync")
-    if program is None:
-        raise MissingPackageError(
-            "rsync is not installed here", "apt-get install rsync, or use --method scp"
-        )
-    settings = store.connection.settings
-    limit = [f"--bwlimit={max(1, settings.limit_rate // KIB)}"] if settings.limit_rate else []
-    with _rsync_shell(store.connection) as shell:
-        command = [program, "-s", "--inplace", "--partial", "--no-whole-file", "--times", "--stats",
-                   "--info=progress2", f"--timeout={max(1, round(settings.timeout))}", *limit,
-                   "-e", shell, "--", origin, destination]  # fmt: skip
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, "LC_ALL": "C"},
-        ) as process:  # fmt: skip
-            try:
-                output = _follow_rsync(process, progress)
-            except BaseException:
-                process.terminate()
-                raise
-        if process.returncode != 0:
-            raise _rsync_error(store, process.returncode, output.errors)
-    sent = re.search(rb"Literal data: ([\d,.]+)", output.output)
-    return int(re.sub(rb"\D", b"", sent[1])) if sent else 0
-
-
-def _follow_rsync(process: subprocess.Popen[bytes], progress: Progress) -> Completed:
-    errors: list[bytes] = []
-    stdout, stderr = cast("IO[bytes]", process.stdout), cast("IO[bytes]", process.stderr)
-    reader = threading.Thread(target=lambda: errors.append(stderr.read()), daemon=True)
-    reader.start()
-    output, done = b"", 0
-    for chunk in iter(lambda: os.read(stdout.fileno(), 64 * KIB), b""):
-        output = (output + chunk)[-64 * KIB :]
-        if counts := re.findall(rb"\s([\d,]+)\s+\d+%", chunk):
-            now = int(counts[-1].replace(b",", b""))
-            progress.advance(now - done)
-            done = now
-    reader.join()
-    return Completed(process.wait(), output, printable_lines(b"".join(errors)))
-
-
-@contextlib.contextmanager
-def _rsync_shell(connection: SSHConnection) -> Iterator[str]:
-    """The ssh command line for rsync -e: the connection's settings and the very key it verified."""
-    if shutil.which("ssh") is None:
-        raise MissingPackageError(
-            "ssh is not installed here", "apt-get install openssh-client, or use --method scp"
-        )
-    key = connection.transport.get_remote_server_key()
-    with tempfile.TemporaryDirectory(prefix="cloud_services-") as folder:
-        known_hosts = Path(folder, "known_hosts")
-        known_hosts.write_text(f"server {key.get_name()} {key.get_base64()}\n")
-        options = {
-            "UserKnownHostsFile": known_hosts, "GlobalKnownHostsFile": os.devnull,
-            "HostKeyAlias": "server", "StrictHostKeyChecking": "yes", "UpdateHostKeys": "no",
-            "ServerAliveInterval": max(1, round(connection.settings.timeout / 3)),
-            "ConnectTimeout": round(CONNECT_SECONDS), "LogLevel": "ERROR",
-            "BatchMode": "no" if connection.settings.ask_passphrase else "yes",
-        }  # fmt: skip
-        for name in ("proxyjump", "proxycommand"):
-            if connection.config.get(name, "none") != "none":
-                options[name] = connection.config[name]
-        words = ["ssh", "-p", str(connection.port), "-l", connection.user]
-        for identity in connection.identities():
-            words += ["-i", identity]
-        for name, value in options.items():
-            words += ["-o", f"{name}={value}"]
-        yield " ".join(_rsync_quoted(word) for word in words)
-
-
-def _rsync_quoted(word: str) -> str:
-    """A word of rsync's -e: it knows quotes, doubled inside, and no other escape (rsync(1))."""
-    return "'" + word.replace("'", "''") + "'" if re.search(r"[\s'\"]", word) else word
-
-
-def _rsync_error(store: SSHStore, status: int, errors: str) -> CloudError:
-    """Rsync's exit values (rsync(1)) as errors."""
-    if "command not found" in errors or "rsync: not found" in errors or status == 127:
-        return MissingPackageError(
-            f"rsync is not installed on {store.name}", "install it there, or use --method scp"
-        )
-    for text, kind in SHELL_ERRORS.items():
-        if text in errors:
-            return kind(f"rsync: {errors}", SAME_COMMAND)
-    if status in (10, 12, 30, 35, 255):
-        return LinkLostError(
-            f"rsync lost {store.name}: {errors or f'status {status}'}", SAME_COMMAND
-        )
-    return TransferError(f"rsync failed with status {status}: {errors}", SAME_COMMAND)
-
-
-# ── Paperspace ───────────────────────────────────────────────────────────────────────────────────
-
-METHODS = ("scp", "rsync", "local")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3659,10 +2271,6 @@ class _Paperspace:
     list_files = list_paperspace_files
 
     def _session(self, method: str) -> contextlib.closing[_Session]:
-        if method not in METHODS:
-            raise UsageError(
-                f"{printable(method)!r} is no method", f"use one of {', '.join(METHODS)}"
-            )
         return contextlib.closing(_Session(lambda: open_store(self.settings, method)))
 
     @staticmethod
@@ -3703,8 +2311,8 @@ class PaperspaceUploader(_Paperspace):
         return plan_training(self.workspace, include_ticks, include_cache, exclude)
 
     def create_paperspace_training_archive(
-        self, output: str | Path | None = None, include_ticks: bool = False, include_cache: bool = False,
-        exclude: Sequence[str] = (),
+        self, output: str | Path | None = None, include_ticks: bool = False,
+        include_cache: bool = False, exclude: Sequence[str] = (),
     ) -> ArchiveResult:  # fmt: skip
         """Pack the training data into `output` (default: training_data_YYYYMMDD_HHMMSS.tar.gz)."""
         plan = self.plan_training(include_ticks, include_cache, exclude)
@@ -3726,7 +2334,7 @@ class PaperspaceUploader(_Paperspace):
             source = self._source(archive, method, stack)
             target = self._target(archive, method)
             session = stack.enter_context(self._session(method))
-            send = rsync_send if method == "rsync" else send_segments
+            send, _ = movers(method)
             moved = session.run(lambda store: self._upload(store, source, target, send, extract))
         plan = archive if isinstance(archive, Plan) else None
         return TransferResult(
@@ -3750,7 +2358,7 @@ class PaperspaceUploader(_Paperspace):
             raise MissingPackageError(
                 "rsync is not installed here", "apt-get install rsync, or use --method scp"
             )
-        # rsync needs a file; its name is the same in every run, so that a killed one leaves no second.
+        # rsync needs a file; its name is the same in every run: a killed one leaves no second.
         name = PackSource(archive, "training_data").part_name
         file = Path(name.removesuffix(".part") + ".tar.gz.part")
         stack.callback(file.unlink, missing_ok=True)
@@ -3812,7 +2420,7 @@ class PaperspaceDownloader(_Paperspace):
         one, its error is raised.
         """
         where = self._remote_path(remote, method)
-        fetch = rsync_fetch if method == "rsync" else fetch_segments
+        _, fetch = movers(method)
         files: list[TransferResult] = []
         failures: list[str] = []
         with self._session(method) as session:
@@ -4045,7 +2653,8 @@ class LineProgress(Progress):
             line = f"{self._what}: {human_bytes(self._done)}"
             if self._total:
                 left = max(0, self._total - self._done) / max(rate, 1)
-                line += f" of {human_bytes(self._total)} ({100 * self._done // self._total} %), {left:.0f} s left"
+                share = 100 * self._done // self._total
+                line += f" of {human_bytes(self._total)} ({share} %), {left:.0f} s left"
             self._write(f"{line}, {human_bytes(rate)}/s")
 
 
@@ -4082,7 +2691,8 @@ def build_parser() -> argparse.ArgumentParser:
     for entry in COMMANDS.values():
         text = (entry.run.__doc__ or "").strip()
         subparser = subparsers.add_parser(
-            entry.name, help=text.split("\n")[0].rstrip("."), description=_dedent(text), parents=[common],
+            entry.name, help=text.split("\n")[0].rstrip("."), description=_dedent(text),
+            parents=[common],
             formatter_class=_HelpFormatter, allow_abbrev=False,
         )  # fmt: skip
         for argument in entry.arguments:
@@ -4137,9 +2747,12 @@ WORKSPACE = Argument(
     "--workspace", default="workspace", metavar="DIR", help="the workspace (default: workspace)"
 )
 EXCLUDE = Argument(
-    "--exclude", action="append", default=[], metavar="GLOB",
-    help="leave out what matches: a name at any depth, or with a slash a path in the workspace; repeatable",
-)  # fmt: skip
+    "--exclude",
+    action="append",
+    default=[],
+    metavar="GLOB",
+    help="leave out a name at any depth, or with a slash a path in the workspace; repeatable",
+)
 DRY_RUN = Argument("--dry-run", action="store_true", help="only show what would be done")
 TICKS = (
     Argument(
@@ -4149,22 +2762,51 @@ TICKS = (
     Argument("--no-ask-ticks", action="store_true", help="include ticks without the question"),
 )
 CONNECTION = (
-    Argument("--host", help="the server, or user@server (PAPERSPACE_HOST; default: paperspace.com)"),
+    Argument("--host", help="server, or user@server (PAPERSPACE_HOST; default: paperspace.com)"),
     Argument("--user", help="the login there (PAPERSPACE_USER; default: as ssh would)"),
-    Argument("--port", type=_checked(_port), help="the SSH port (PAPERSPACE_PORT; default: as ssh would)"),
-    Argument("--identity", metavar="KEY", help="the private key file (PAPERSPACE_IDENTITY; default: as ssh would)"),
-    Argument("--accept-new-host-key", action="store_true", help="trust and remember an unknown host key; a changed one stays refused"),
-    Argument("--host-key", metavar="SHA256:…", help="the fingerprint the server's host key must have"),
-    Argument("--timeout", type=_checked(_seconds), metavar="SECONDS", help="silence after which the link is dead (default: 60)"),
-)  # fmt: skip
+    Argument(
+        "--port", type=_checked(_port), help="the SSH port (PAPERSPACE_PORT; default: as ssh would)"
+    ),
+    Argument(
+        "--identity",
+        metavar="KEY",
+        help="the private key file (PAPERSPACE_IDENTITY; default: as ssh would)",
+    ),
+    Argument(
+        "--accept-new-host-key",
+        action="store_true",
+        help="trust and remember an unknown host key; a changed one stays refused",
+    ),
+    Argument(
+        "--host-key", metavar="SHA256:…", help="the fingerprint the server's host key must have"
+    ),
+    Argument(
+        "--timeout",
+        type=_checked(_seconds),
+        metavar="SECONDS",
+        help="silence after which the link is dead (default: 60)",
+    ),
+)
 TUNING = (
-    Argument("--streams", type=_checked(_positive), metavar="N", help="parallel SFTP channels (default: 2 on a near server, 9 on a far one)"),
-    Argument("--limit-rate", type=_checked(parse_size), metavar="RATE", help="at most this many bytes per second, such as 20M"),
-)  # fmt: skip
+    Argument(
+        "--streams",
+        type=_checked(_positive),
+        metavar="N",
+        help="parallel SFTP channels (default: 2 on a near server, 9 on a far one)",
+    ),
+    Argument(
+        "--limit-rate",
+        type=_checked(parse_size),
+        metavar="RATE",
+        help="at most this many bytes per second, such as 20M",
+    ),
+)
 METHOD = Argument(
-    "--method", choices=METHODS, default="scp",
-    help="scp: built in, over SSH; rsync: the system's; local: PATH is a mounted folder (default: scp)",
-)  # fmt: skip
+    "--method",
+    choices=METHODS,
+    default="scp",
+    help="scp: over SSH, built in; rsync: the system's; local: a mounted folder (default: scp)",
+)
 
 
 def _output(stem: str) -> Argument:
@@ -4193,13 +2835,23 @@ def create_training_archive(args: argparse.Namespace, console: Console) -> Outco
 
 
 @command(
-    "upload-training", *CONNECTION,
-    Argument("--path", help="the folder there, or a name ending in .tar.gz (PAPERSPACE_PATH; default: /storage/)"),
-    METHOD, *TICKS, WORKSPACE, EXCLUDE,
-    Argument("--archive", metavar="FILE", help="send this archive instead of packing the workspace"),
+    "upload-training",
+    *CONNECTION,
+    Argument(
+        "--path",
+        help="folder there, or a name ending in .tar.gz (PAPERSPACE_PATH; default: /storage/)",
+    ),
+    METHOD,
+    *TICKS,
+    WORKSPACE,
+    EXCLUDE,
+    Argument(
+        "--archive", metavar="FILE", help="send this archive instead of packing the workspace"
+    ),
     Argument("--extract", action="store_true", help="unpack it there once it is verified"),
-    *TUNING, DRY_RUN,
-)  # fmt: skip
+    *TUNING,
+    DRY_RUN,
+)
 def upload_training(args: argparse.Namespace, console: Console) -> Outcome:
     """Pack the training data and send it, in one pass; or send an archive that exists.
 
@@ -4222,10 +2874,18 @@ def upload_training(args: argparse.Namespace, console: Console) -> Outcome:
 
 
 @command(
-    "list-remote-files", *CONNECTION,
-    Argument("--path", help="a folder, a file or a glob there (PAPERSPACE_PATH; default: /storage/)"),
-    Argument("--method", choices=("scp", "local"), default="scp", help="scp: over SSH; local: PATH is a mounted folder (default: scp)"),
-)  # fmt: skip
+    "list-remote-files",
+    *CONNECTION,
+    Argument(
+        "--path", help="a folder, a file or a glob there (PAPERSPACE_PATH; default: /storage/)"
+    ),
+    Argument(
+        "--method",
+        choices=("scp", "local"),
+        default="scp",
+        help="scp: over SSH; local: a mounted folder (default: scp)",
+    ),
+)
 def list_remote_files(args: argparse.Namespace, console: Console) -> Outcome:
     """List files on the server: size in bytes, time, name; folders end in a slash."""
     downloader = PaperspaceDownloader(path=args.path, **_connection(args, console))
@@ -4256,14 +2916,18 @@ def create_results_archive(args: argparse.Namespace, console: Console) -> Outcom
 
 
 @command(
-    "download-results", *CONNECTION,
+    "download-results",
+    *CONNECTION,
     Argument("--path", required=True, help="the file there; a glob fetches every match"),
     METHOD,
     Argument("--newest", action="store_true", help="of several matches only the newest"),
     Argument("--local-path", default=".", metavar="DIR", help="the folder here (default: .)"),
-    Argument("--extract", action="store_true", help="unpack each archive there once it is verified"),
-    *TUNING, DRY_RUN,
-)  # fmt: skip
+    Argument(
+        "--extract", action="store_true", help="unpack each archive there once it is verified"
+    ),
+    *TUNING,
+    DRY_RUN,
+)
 def download_results(args: argparse.Namespace, console: Console) -> Outcome:
     """Fetch result archives from the server.
 
@@ -4282,9 +2946,10 @@ def download_results(args: argparse.Namespace, console: Console) -> Outcome:
 
 
 @command(
-    "extract-archive", Argument("archive", metavar="ARCHIVE", help="a .tar.gz file"),
+    "extract-archive",
+    Argument("archive", metavar="ARCHIVE", help="a .tar.gz file"),
     Argument("--into", default=".", metavar="DIR", help="the folder to unpack into (default: .)"),
-)  # fmt: skip
+)
 def extract_archive_command(args: argparse.Namespace, console: Console) -> Outcome:
     """Verify a training or results archive, then unpack it.
 
@@ -4301,7 +2966,7 @@ def verify_archive_command(args: argparse.Namespace, console: Console) -> Outcom
 
 
 @command("completion", Argument("shell", choices=("bash", "zsh")))
-def completion(args: argparse.Namespace, console: Console) -> Outcome:
+def completion(args: argparse.Namespace, _console: Console) -> Outcome:
     """Print a completion script: source <(python cloud_services.py completion bash)."""
     words = {entry.name: _option_words(entry) for entry in COMMANDS.values()}
     script = completion_script(args.shell, words)
@@ -4420,8 +3085,9 @@ def _transfer_rows(result: TransferResult) -> list[tuple[str, str]]:
     packed = result.packed
     return [
         ("arrived as", printable(result.target)),
-        *([("files", f"{packed.files:,}"), ("bytes", f"{packed.input_bytes:,}"),
-           _ratio(packed.input_bytes, packed.archive_bytes)] if packed else [("files", "1"), ("bytes", f"{result.size:,}")]),
+        ("files", f"{packed.files if packed else 1:,}"),
+        ("bytes", f"{packed.input_bytes if packed else result.size:,}"),
+        *([_ratio(packed.input_bytes, packed.archive_bytes)] if packed else []),
         ("moved", f"{result.moved:,} bytes" + (f"; {kept:,} were there already" if kept else "")),
         ("time", f"{result.seconds:.1f} s, {rate}/s"),
         ("sha256", result.sha256),
@@ -4432,15 +3098,15 @@ def _transfer_rows(result: TransferResult) -> list[tuple[str, str]]:
 
 def _upload_outcome(result: TransferResult, settings: SSHSettings, method: str) -> Outcome:
     folder, name = posixpath.split(result.target)
-    unpack = f"cd {shlex.quote(folder or '.')} && tar -xzf {shlex.quote('./' + name)} && sha256sum -c {TRAINING_MANIFEST}"
-    if result.extracted:
-        unpack = f"cd {shlex.quote(folder or '.')} && python3 full_pipeline.py --skip-prepare"
+    unpack = f"tar -xzf {shlex.quote('./' + name)} && sha256sum -c {TRAINING_MANIFEST}"
+    following = "python3 full_pipeline.py --skip-prepare" if result.extracted else unpack
+    following = f"cd {shlex.quote(folder or '.')} && {following}"
     if method != "local":
         login = f"{settings.user}@{settings.host}" if settings.user else settings.host
         port = f"-p {settings.port} " if settings.port else ""
         key = f"-i {shlex.quote(settings.identity)} " if settings.identity else ""
-        unpack = f"ssh {port}{key}{login} {shlex.quote(unpack)}"
-    return Outcome(result, _transfer_rows(result), next_command=unpack)
+        following = f"ssh {port}{key}{login} {shlex.quote(following)}"
+    return Outcome(result, _transfer_rows(result), next_command=following)
 
 
 def _download_outcome(result: DownloadResult) -> Outcome:
@@ -4487,7 +3153,7 @@ def _option_words(entry: Command) -> list[str]:
 
 
 def completion_script(shell: str, words: Mapping[str, Sequence[str]]) -> str:
-    """A completion function for cloud_services.py and cloud-services; zsh uses bash's by bashcompinit."""
+    """A completion function for bash, which zsh takes through bashcompinit."""
     cases = "\n".join(
         f"        {name}) options='{' '.join(flags)}' ;;" for name, flags in words.items()
     )
@@ -4518,7 +3184,7 @@ class Terminated(BaseException):
     """SIGTERM arrived: unwind, so that nothing half-written stays behind."""
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:
+def _terminate(_signum: int, _frame: object) -> NoReturn:
     raise Terminated
 
 

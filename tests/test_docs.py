@@ -27,7 +27,7 @@ from tests.support import ROOT, workspace
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"])
-SOURCE = Path(cloud_services.__file__).read_text(encoding="utf-8")
+SOURCES = [(ROOT / name).read_text("utf-8") for name in ("cloud_services.py", "ssh_transport.py")]
 SHELL_LANGUAGES = ("sh", "bash", "powershell")
 COLUMNS = 100
 SHELL_OPERATOR = re.compile(r"[();<>|&]+")
@@ -88,7 +88,7 @@ def error_messages() -> dict[str, int]:
     """The message of each CloudError that the module makes, and the line where."""
     kinds = {name for name, value in vars(cloud_services).items() if is_error_class(value)}
     found = {}
-    for node in ast.walk(ast.parse(SOURCE)):
+    for node in (node for source in SOURCES for node in ast.walk(ast.parse(source))):
         call = node if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
         if call and call.args and cast("ast.Name", call.func).id in kinds:
             found[template(call.args[0])] = call.lineno
@@ -195,7 +195,8 @@ INNER = {"nobody takes the packed bytes any more", "has no SFTP subsystem"}
 
 
 def test_every_entry_under_troubleshooting_is_a_message_of_the_module() -> None:
-    texts = [n.value for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, ast.Constant)]
+    nodes = (node for source in SOURCES for node in ast.walk(ast.parse(source)))
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant)]
     source = "\n".join(text for text in texts if isinstance(text, str))
     for entry in entries():
         for part in fragments(entry):

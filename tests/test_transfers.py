@@ -407,7 +407,7 @@ def test_a_frozen_link_is_an_error_in_bounded_time(
                         server=server, cwd=tmp_path)  # fmt: skip
     wait_for(lambda: max(link.bytes_up, link.bytes_down) > 2 * SEGMENT)
     link.freeze()
-    output, errors = process.communicate(timeout=110)
+    _, errors = process.communicate(timeout=110)
     assert process.returncode == 7, errors
     assert "error: " in errors
     assert "hint: run the same command again" in errors or "hint: try: ssh" in errors
