@@ -57,6 +57,7 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
@@ -105,6 +106,9 @@ ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
 MAX_MEMBERS = 5_000_000
 MAX_TAR_HEADER_BYTES = 8 * MIB
 MAX_MTIME = 2**36  # the year 4147
+
+FLUSH_SEGMENTS = 64
+"""A download is written out to the disk every so many segments, not all at once in the end."""
 
 STALL_SECONDS = 60.0
 CONNECT_SECONDS = 15.0
@@ -286,7 +290,7 @@ class SSHSettings:
         default=None, repr=False, metadata={"variable": "PAPERSPACE_PASSPHRASE"}
     )
     streams: int | None = None
-    """Parallel SFTP channels; None: 2 on a near server, 9 on a far one."""
+    """Parallel SFTP channels; None: as the direction and the round-trip time ask for."""
     limit_rate: int | None = None
     """Bytes per second, over all streams."""
     accept_new_host_key: bool = False
@@ -396,6 +400,20 @@ def with_retries(attempt: Callable[[], T]) -> T:
                 raise
             log.warning("%s; trying again in %.0f s", error, pauses[0])
             time.sleep(pauses.pop(0))
+
+
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """Start `work` in a thread of its own; its result, or its error, waits in the future."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 class ConnectError(TransferError):
@@ -1426,7 +1444,8 @@ class Store(ABC):
     """
 
     name: str
-    streams = 1
+    send_lanes = 1
+    receive_lanes = 1
 
     @abstractmethod
     def infos(self, *paths: str) -> list[FileInfo | None]:
@@ -1480,8 +1499,8 @@ class Store(ABC):
     def require_unpacking(self) -> None:
         """Raise AccessError when `unpack` cannot work here."""
 
-    def get_ready(self) -> None:
-        """A transfer follows: start in the background what it will need."""
+    def get_ready(self, lanes: int) -> None:
+        """A transfer over `lanes` lanes follows: start in the background what it will need."""
 
     def close(self) -> None:
         """Release the connection."""
@@ -1848,16 +1867,12 @@ def send_segments(
     advance: Advance = progress.advance if source.size is not None else lambda count: None
     if source.size is not None:
         progress.begin("sending", source.total)
-    lanes = (
-        store.streams
-        if source.size is None
-        else min(store.streams, max(1, len(spans(source.size))))
-    )
+    enough = store.send_lanes if source.size is None else max(1, len(spans(source.size)))
     blocks = source.segments(progress)
     outgoing = _Outgoing(blocks, held, check, advance)
     try:
         run_lanes(
-            lambda: store.lane(part, writing=True), lanes, outgoing,
+            lambda: store.lane(part, writing=True), min(store.send_lanes, enough), outgoing,
             lambda lane, jobs: lane.send(jobs, outgoing.arrived, advance),
         )  # fmt: skip
         if held_bytes > outgoing.size:
@@ -1947,12 +1962,10 @@ class _Incoming:
             self._journal = open(self._journal_path, "w", encoding="ascii")
             self._journal.write("\n".join([header, *map(str, self.held), ""]))
             self._journal.flush()
-        self.sha256 = hashlib.sha256()
         self._lock = threading.Lock()
         self._complete: queue.Queue[int | None] = queue.Queue()
         self._watermark = _Watermark(self._complete.put)
-        self._hasher = threading.Thread(target=self._hash_file, daemon=True)
-        self._hasher.start()
+        self._hasher = in_background(self._hash_file)
 
     def _journaled(self, header: str) -> set[int]:
         with contextlib.suppress(FileNotFoundError):
@@ -1978,21 +1991,25 @@ class _Incoming:
             self._journal.flush()
         self._watermark.done(index)
 
-    def _hash_file(self) -> None:
-        """In a thread of its own: hash the file as it is on the disk, as far as it is complete."""
-        buffer, hashed = bytearray(SEGMENT_BYTES), 0
+    def _hash_file(self) -> str:
+        """Hash the file as it is on the disk, as far as it is complete; meanwhile write it out."""
+        digest, buffer, hashed = hashlib.sha256(), bytearray(SEGMENT_BYTES), 0
         with open(self.part, "rb", buffering=0) as stream:
             while (count := self._complete.get()) is not None:
-                for _ in range(hashed, count):
+                for number in range(hashed, count):
                     length = stream.readinto(buffer)
-                    self.sha256.update(memoryview(buffer)[:length])
+                    digest.update(memoryview(buffer)[:length])
+                    if number % FLUSH_SEGMENTS == FLUSH_SEGMENTS - 1:
+                        os.fsync(self._stream.fileno())
                 hashed = max(hashed, count)
+        return digest.hexdigest()
 
     def digest(self) -> str:
         """The SHA-256 of the file, once everything has arrived."""
         self._complete.put(None)
-        self._hasher.join()
-        return self.sha256.hexdigest()
+        with local_errors(self.part):
+            digest: str = self._hasher.result()
+        return digest
 
     def close(self) -> None:
         """Bring everything to the disk."""
@@ -2029,13 +2046,14 @@ def fetch_segments(store: Store, remote: FileInfo, part: Path, progress: Progres
     try:
         incoming.count_held()
         run_lanes(
-            lambda: store.lane(remote.path, writing=False), min(store.streams, len(wanted)), wanted,
+            lambda: store.lane(remote.path, writing=False),
+            min(store.receive_lanes, len(wanted)), wanted,
             lambda lane, jobs: lane.receive(jobs, incoming, progress.advance),
         )  # fmt: skip
+        digest = incoming.digest()
     finally:
         progress.end()
         incoming.close()
-    digest = incoming.digest()
     try:
         how = _check_fetched(store, check, remote, part, digest)
     except IntegrityError:
@@ -2066,7 +2084,7 @@ def deliver(
     store: Store, source: Source, target: str, progress: Progress, send: Sender = send_segments
 ) -> Moved:
     """Bring `source` to the path `target` of the store: .part, content check, rename."""
-    store.get_ready()
+    store.get_ready(store.send_lanes)
     folder = posixpath.dirname(target)
     part = posixpath.join(folder, source.part_name)
     existing, started, there = store.infos(target, part, folder or ".")
@@ -2124,7 +2142,7 @@ def collect(
 
     A file that is already there with the same content is left as it is.
     """
-    store.get_ready()
+    store.get_ready(store.receive_lanes)
     name = _base(remote)
     target = folder / name
     with local_errors(folder):
@@ -2792,7 +2810,7 @@ TUNING = (
         "--streams",
         type=_checked(_positive),
         metavar="N",
-        help="parallel SFTP channels (default: 2 on a near server, 9 on a far one)",
+        help="parallel SFTP channels (default: 1 or 2 on a near server, 4 to 9 on a far one)",
     ),
     Argument(
         "--limit-rate",

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import glob
+import importlib
 import io
 import logging
 import os
@@ -26,9 +27,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -71,6 +71,7 @@ from cloud_services import (
     _compare,
     _port,
     file_sha256,
+    in_background,
     list_hint,
     local_errors,
     need,
@@ -122,29 +123,26 @@ class _ChunkPipe:
     """
 
     def __init__(self) -> None:
-        self._chunks: deque[bytes] = deque()
-        self._closed = False
-        self._changed = threading.Condition()
+        self._chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def feed(self, data: bytes) -> None:
-        with self._changed:
-            self._chunks.append(data)
-            self._changed.notify_all()
+        self._chunks.put(data)
 
     def read(self, count: int, timeout: float | None = None) -> bytes:
         """The next chunk, whatever its size; empty at the end. Raises as the original does."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._chunks or self._closed, timeout):
-                raise need("paramiko.buffered_pipe").PipeTimeout
-            return self._chunks.popleft() if self._chunks else b""
+        try:
+            chunk = self._chunks.get(timeout=timeout)
+        except queue.Empty as error:
+            raise importlib.import_module("paramiko.buffered_pipe").PipeTimeout from error
+        if not chunk:
+            self.close()  # the end stays the end
+        return chunk
 
     def read_ready(self) -> bool:
-        return bool(self._chunks)
+        return not self._chunks.empty()
 
     def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._chunks.put(b"")
 
 
 class SSHConnection:
@@ -165,6 +163,8 @@ class SSHConnection:
         self.name = settings.host
         self.limiter = RateLimiter(settings.limit_rate)
         self.dead = False
+        self.most_waiting = 8 * SEGMENT_BYTES
+        """Bytes of requests that one lane has under way."""
         self._jump = jump
         self._proxy: subprocess.Popen[bytes] | None = None
         self._closed = threading.Event()
@@ -614,27 +614,29 @@ class KnownHosts:
 class SSHStore(Store):
     """What both kinds of SSH servers share: what commands on the server make possible."""
 
-    def __init__(self, connection: SSHConnection, streams: int) -> None:
+    def __init__(self, connection: SSHConnection, send_lanes: int, receive_lanes: int) -> None:
         self.connection = connection
         self.name = connection.name
-        self.streams = connection.settings.streams or streams
+        self.send_lanes = connection.settings.streams or send_lanes
+        self.receive_lanes = connection.settings.streams or receive_lanes
 
     def digests(self, path: str, size: int) -> list[str]:
         if not self.connection.sha256_command:
             return ReadBack(self, path).digests(size)
         done = self.connection.run(
-            f"i=0; while [ $i -lt {len(spans(size))} ]; do"
-            f" dd if={quoted(path)} bs={SEGMENT_BYTES} skip=$i count=1 2>/dev/null"
-            f" | {self.connection.sha256_command}; i=$((i+1)); done"
+            by_python(
+                HASH_SEGMENTS,
+                path,
+                f"i=0; while [ $i -lt {len(spans(size))} ]; do"
+                f" dd if={quoted(path)} bs={SEGMENT_BYTES} skip=$i count=1 2>/dev/null"
+                f" | {self.connection.sha256_command}; i=$((i+1)); done",
+            )
         )
-        return re.findall(r"(?m)^[0-9a-f]{64}", done.output.decode("ascii", "replace"))
+        found = re.findall(r"(?m)^[0-9a-f]{64}", done.output.decode("ascii", "replace"))
+        return found[: len(spans(size))]
 
-    def get_ready(self) -> None:
-        threading.Thread(target=self._learn_tools, daemon=True).start()
-
-    def _learn_tools(self) -> None:
-        with contextlib.suppress(CloudError):  # whoever needs the answer gets the error
-            self.can_hash  # noqa: B018 - asked for its side effect
+    def get_ready(self, lanes: int) -> None:
+        in_background(lambda: self.can_hash)  # whoever needs the answer gets its error
 
     @property
     def can_hash(self) -> bool:
@@ -704,6 +706,39 @@ def quoted(path: str) -> str:
     return shlex.quote("./" + path if path.startswith("-") else path)
 
 
+HASH_LINES = f"""
+import hashlib, sys
+size = {SEGMENT_BYTES}
+digest, file, buffer = hashlib.sha256(), None, memoryview(bytearray(size))
+for line in iter(sys.stdin.readline, ""):
+    skip, count = map(int, line.split())
+    file = file or open(sys.argv[1], "rb", 0)
+    file.seek(skip * size)
+    for _ in range(count):
+        digest.update(buffer[:file.readinto(buffer)])
+print(digest.hexdigest())
+"""
+"""Hashes a growing file: standard input names what is complete, as lines "skip count"."""
+
+HASH_SEGMENTS = f"""
+import hashlib, sys
+with open(sys.argv[1], "rb") as file:
+    for data in iter(lambda: file.read({SEGMENT_BYTES}), b""):
+        print(hashlib.sha256(data).hexdigest())
+"""
+"""Hashes each segment of a file."""
+
+
+def by_python(program: str, path: str, otherwise: str) -> str:
+    """A script that runs a Python program about `path`, or other commands where there is no Python.
+
+    One process that reads the file itself takes half the processor time of dd, a pipe and a hash,
+    and does not start two of them a segment.
+    """
+    run = f"python3 -c {shlex.quote(program)} {quoted(path)}"
+    return f"if python3 -c 'import hashlib' 2>/dev/null; then {run}; else {otherwise}; fi"
+
+
 class _CommandCheck:
     """Hashes a file on the server, by one command that runs while the transfer does."""
 
@@ -712,8 +747,7 @@ class _CommandCheck:
     def __init__(self, connection: SSHConnection, path: str) -> None:
         self._connection, self._path = connection, path
         self._input: queue.Queue[bytes] = queue.Queue()
-        self._answer: Future[str] = Future()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._answer = in_background(self._hash)
 
     def ready(self, segments: int) -> None:
         """The file was complete from the start."""
@@ -724,12 +758,6 @@ class _CommandCheck:
 
     def _script(self) -> str:
         return f"{self._connection.sha256_command} < {quoted(self._path)}"
-
-    def _run(self) -> None:
-        try:
-            self._answer.set_result(self._hash())
-        except BaseException as error:
-            self._answer.set_exception(error)
 
     def _hash(self) -> str:
         with (
@@ -758,10 +786,11 @@ class _GrowingCheck(_CommandCheck):
     _asked = 0
 
     def _script(self) -> str:
-        return (
+        loop = (
             f"while read -r skip count; do dd if={quoted(self._path)} bs={SEGMENT_BYTES} skip=$skip"
             f" count=$count 2>/dev/null; done | {self._connection.sha256_command}"
         )
+        return by_python(HASH_LINES, self._path, loop)
 
     def ready(self, segments: int) -> None:
         if segments - 1 >= self._asked + self.BATCH:
@@ -787,7 +816,10 @@ class SFTPStore(SSHStore):
         started = time.monotonic()
         channel = connection.open_session(connection.settings.timeout, _SFTPChannel.WINDOW_BYTES)
         near = time.monotonic() - started < 0.005
-        super().__init__(connection, streams=2 if near else 9)
+        if near:  # little memory stays in the processor's cache
+            connection.most_waiting = 2 * SEGMENT_BYTES
+        # Going there, sshd's window of 2 MiB a channel is the limit; coming back, ours is larger.
+        super().__init__(connection, *((3, 1) if near else (9, 4)))
         self._control = _SFTPChannel(connection, channel)
         self._control_is_free = True
         self._standby: list[Future[_SFTPChannel]] = []
@@ -801,12 +833,10 @@ class SFTPStore(SSHStore):
             self._control = _SFTPChannel(self.connection)
         return self._control
 
-    def get_ready(self) -> None:
-        super().get_ready()
-        pool = ThreadPoolExecutor(self.streams)
-        while len(self._standby) < self.streams - 1:
-            self._standby.append(pool.submit(_SFTPChannel, self.connection))
-        pool.shutdown(wait=False)
+    def get_ready(self, lanes: int) -> None:
+        super().get_ready(lanes)
+        while len(self._standby) < lanes - 1:
+            self._standby.append(in_background(lambda: _SFTPChannel(self.connection)))
 
     def _give_up_a_lane(self) -> None:
         while self._standby:
@@ -1093,8 +1123,6 @@ class _SFTPChannel:
 class _SFTPLane:
     """One SFTP channel with one open file."""
 
-    MAX_WAITING_BYTES = 8 * SEGMENT_BYTES
-
     def __init__(
         self,
         channel: _SFTPChannel,
@@ -1103,6 +1131,7 @@ class _SFTPLane:
         give_back: Callable[[], None] | None = None,
     ) -> None:
         self._sftp, self._path, self._give_back = channel, path, give_back
+        self._most_waiting = channel.connection.most_waiting
         self._idle = True
         self._limiter = channel.connection.limiter
         # Reused: on many machines fresh memory costs more than the copy.
@@ -1126,7 +1155,7 @@ class _SFTPLane:
                 waiting[sftp.request(SFTP.WRITE, self._handle + head + block)] = Span(
                     number, len(block)
                 )
-                while sftp.has_answers() or sum(unconfirmed.values()) > self.MAX_WAITING_BYTES:
+                while sftp.has_answers() or sum(unconfirmed.values()) > self._most_waiting:
                     self._confirm(waiting, unconfirmed, arrived, advance)
         while waiting:
             self._confirm(waiting, unconfirmed, arrived, advance)
@@ -1154,7 +1183,7 @@ class _SFTPLane:
         missing: dict[int, int] = {}  # segment → bytes that have not come yet
         self._idle = False
         while True:
-            while sum(missing.values()) < self.MAX_WAITING_BYTES and (span := next(wanted, None)):
+            while sum(missing.values()) < self._most_waiting and (span := next(wanted, None)):
                 missing[span.number] = span.length
                 self._request_reads(span.number * SEGMENT_BYTES, span.length, requests)
             if not missing:
@@ -1212,7 +1241,7 @@ class ShellStore(SSHStore):
     """
 
     def __init__(self, connection: SSHConnection) -> None:
-        super().__init__(connection, streams=8)
+        super().__init__(connection, 8, 8)
         self._scp: Any = need("scp")
         if not connection.sha256_command:
             raise AccessError(f"{self.name} offers neither SFTP nor the commands that scp needs")
