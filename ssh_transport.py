@@ -203,10 +203,13 @@ class SSHConnection:
         return [path for path in map(os.path.expanduser, files) if os.path.isfile(path)]
 
     def run(self, script: str) -> Completed:
-        """Run a POSIX shell script on the server and wait for its end."""
+        """Run a POSIX shell script on the server and wait for its end.
+
+        It gets no end of input: paramiko may send that after the server has closed the channel,
+        and sshd ends the whole connection then.
+        """
         with ssh_errors(self), contextlib.closing(self.open_command_session()) as channel:
             channel.exec_command(shell_command(script))
-            channel.shutdown_write()
             output = b"".join(iter(lambda: channel.recv(MIB), b""))
             errors = b"".join(iter(lambda: channel.recv_stderr(MIB), b""))
             return Completed(channel.recv_exit_status(), output, printable_lines(errors))
@@ -221,7 +224,7 @@ class SSHConnection:
             channel = transport.open_session(window, 128 * KIB, self.settings.timeout)
         except self.paramiko.SSHException as error:
             if not transport.is_active():
-                raise
+                raise self.lost() from error
             raise NoMoreSessionsError(f"{self.name} refuses a further session") from error
         channel.settimeout(timeout)
         return channel
@@ -257,7 +260,7 @@ class SSHConnection:
             with ssh_errors(self), contextlib.closing(self.open_command_session()) as channel:
                 channel.settimeout(self.settings.timeout)
                 channel.exec_command(
-                    shell_command(f"for tool in {words}; do command -v $tool; done")
+                    shell_command(f"for tool in {words}; do command -v $tool; done; cat >/dev/null")
                 )
                 channel.shutdown_write()
                 return b"".join(iter(lambda: channel.recv(MIB), b"")).decode("utf-8", "replace")
@@ -746,14 +749,12 @@ class _CommandCheck:
 
     def __init__(self, connection: SSHConnection, path: str) -> None:
         self._connection, self._path = connection, path
-        self._input: queue.Queue[bytes] = queue.Queue()
         self._answer = in_background(self._hash)
 
     def ready(self, segments: int) -> None:
         """The file was complete from the start."""
 
     def result(self, size: int) -> str:
-        self._input.put(b"")
         return self._answer.result()
 
     def _script(self) -> str:
@@ -765,14 +766,15 @@ class _CommandCheck:
             contextlib.closing(self._connection.open_command_session()) as channel,
         ):
             channel.exec_command(shell_command(self._script()))
-            for line in iter(self._input.get, b""):
-                channel.sendall(line)
-            channel.shutdown_write()
+            self._feed(channel)
             answer = b"".join(iter(lambda: channel.recv(MIB), b"")).decode("ascii", "replace")
         found = re.findall(r"(?m)^[0-9a-f]{64}", answer)
         if not found:
             raise TransferError("the server did not answer with a SHA-256", SAME_COMMAND)
         return str(found[-1])
+
+    def _feed(self, channel: paramiko.Channel) -> None:
+        """The command needs no input."""
 
 
 class _GrowingCheck(_CommandCheck):
@@ -783,7 +785,16 @@ class _GrowingCheck(_CommandCheck):
     """
 
     BATCH = 16  # segments a dd, so that few processes start
-    _asked = 0
+
+    def __init__(self, connection: SSHConnection, path: str) -> None:
+        self._asked = 0
+        self._input: queue.Queue[bytes] = queue.Queue()
+        super().__init__(connection, path)
+
+    def _feed(self, channel: paramiko.Channel) -> None:
+        for line in iter(self._input.get, b""):
+            channel.sendall(line)
+        channel.shutdown_write()
 
     def _script(self) -> str:
         loop = (
@@ -798,6 +809,7 @@ class _GrowingCheck(_CommandCheck):
 
     def result(self, size: int) -> str:
         self._ask(len(spans(size)))
+        self._input.put(b"")
         return super().result(size)
 
     def _ask(self, segments: int) -> None:
