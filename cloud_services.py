@@ -2810,7 +2810,7 @@ TUNING = (
         "--streams",
         type=_checked(_positive),
         metavar="N",
-        help="parallel SFTP channels (default: 1 or 2 on a near server, 4 to 9 on a far one)",
+        help="parallel SFTP channels (default: 1 to 3 on a near server, 4 to 9 on a far one)",
     ),
     Argument(
         "--limit-rate",
@@ -3116,6 +3116,8 @@ def _transfer_rows(result: TransferResult) -> list[tuple[str, str]]:
 
 def _upload_outcome(result: TransferResult, settings: SSHSettings, method: str) -> Outcome:
     folder, name = posixpath.split(result.target)
+    if not name.endswith(ARCHIVE_SUFFIXES):
+        return Outcome(result, _transfer_rows(result))
     unpack = f"tar -xzf {shlex.quote('./' + name)} && sha256sum -c {TRAINING_MANIFEST}"
     following = "python3 full_pipeline.py --skip-prepare" if result.extracted else unpack
     following = f"cd {shlex.quote(folder or '.')} && {following}"
@@ -3130,18 +3132,12 @@ def _upload_outcome(result: TransferResult, settings: SSHSettings, method: str) 
 def _download_outcome(result: DownloadResult) -> Outcome:
     rows = [row for file in result.files for row in _transfer_rows(file)]
     rows += [("failed", printable(failure)) for failure in result.failures]
-    last = result.files[-1] if result.files else None
-    following = (
-        ""
-        if not last or last.extracted
-        else f"python cloud_services.py extract-archive {_shown(last.target)}"
-    )
-    return Outcome(
-        result,
-        rows,
-        next_command=following,
-        exit_code=ExitCode.DONE if result else ExitCode.PARTIAL,
-    )
+    packed = [f for f in result.files if f.target.endswith(ARCHIVE_SUFFIXES) and not f.extracted]
+    following = ""
+    if packed:
+        following = f"python cloud_services.py extract-archive {_shown(packed[-1].target)}"
+    exit_code = ExitCode.DONE if result else ExitCode.PARTIAL
+    return Outcome(result, rows, next_command=following, exit_code=exit_code)
 
 
 def _check_outcome(result: ArchiveCheck) -> Outcome:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.servers import SSHServer
+from tests.servers import SSHServer, require
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = [sys.executable, str(ROOT / "cloud_services.py")]
@@ -92,6 +92,24 @@ def workspace(folder: Path, feature_bytes: int = 20_000) -> Path:
     random_file(root / "models/logs/events.out.tfevents.1", 700, 32)
     random_file(root / "prepared/scalers/scaler.pkl", 800, 33)
     return root
+
+
+def bare_server(folder: Path, *tools: str) -> SSHServer:
+    """A server without SFTP whose commands find nothing but these tools and a shell."""
+    places = folder / "tools"
+    places.mkdir()
+    for name in tools:
+        os.symlink(require(name), places / name)
+    os.symlink("/bin/sh", places / "sh")
+    # A login shell may set its own PATH, so each command goes through a wrapper.
+    wrapper = folder / "wrapper"
+    run = 'exec /bin/sh -c "$SSH_ORIGINAL_COMMAND"'
+    wrapper.write_text(f"#!/bin/sh\nPATH={places}; export PATH\n{run}\n")
+    wrapper.chmod(0o755)
+    server = SSHServer(folder / "bare", sftp=False)
+    key = server.authorized_keys.read_text()
+    server.authorized_keys.write_text(f'command="{wrapper}" {key}')
+    return server
 
 
 def parts(folder: Path) -> list[str]:

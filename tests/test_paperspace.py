@@ -486,6 +486,27 @@ def test_a_longer_leftover_is_cut(server: SSHServer, tmp_path: Path) -> None:
 # ── errors
 
 
+def test_two_runs_that_write_one_file_do_not_mix(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    workspace(tmp_path)
+    part = tmp_path / cloud_services.part_name("a.tar.gz")
+    with part.open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        done = cli("create-training-archive", "-o", "a.tar.gz", cwd=tmp_path)
+        assert done.returncode == 10, done.stderr
+        assert "another run is writing a.tar.gz" in done.stderr
+        assert part.exists()
+    assert cli("create-training-archive", "-o", "a.tar.gz", cwd=tmp_path).returncode == 0
+    assert parts(tmp_path) == []
+
+
+def test_no_passphrase_reaches_a_child_or_a_file(tmp_path: Path) -> None:
+    settings = cloud_services.SSHSettings.resolve(host="h", passphrase="hunter2")
+    assert settings.passphrase == "hunter2"
+    uploader = PaperspaceUploader("h", passphrase="hunter2")
+    assert "hunter2" not in repr(settings) + repr(vars(uploader))
+
+
 def test_a_path_nobody_may_write_is_exit_5(tmp_path: Path) -> None:
     if os.getuid() != 0:
         pytest.skip("logging in as somebody else needs root")

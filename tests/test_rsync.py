@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from tests.servers import SSHServer, require
 from tests.support import (
     MIB,
+    bare_server,
     cli,
     document,
     flags,
@@ -159,32 +159,12 @@ def test_without_rsync_here_it_says_so_before_anything_is_packed(
 
 def test_without_rsync_there_it_says_so(tmp_path: Path) -> None:
     require("rsync")
-    # A PATH without rsync, but with the tools that the checks use.
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    for name in ("sh", "dd", "sha256sum", "mkdir", "mv", "stat", "df"):
-        os.symlink(require(name) if name != "sh" else "/bin/sh", tools / name)
-    with SSHServer(tmp_path / "s", config=[f'SetEnv PATH="{tools}"']) as server:
-        done = server_without_rsync(server, tools, tmp_path)
+    with bare_server(tmp_path, "dd", "sha256sum", "mkdir", "mv", "stat", "df", "cat") as server:
+        file = random_file(tmp_path / "f.bin", 1000)
+        done = cli("upload-training", *flags(server), "--method", "rsync", "--path", server.storage,
+                   "--archive", file, server=server, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 3, done.stderr
     assert "rsync is not installed on" in done.stderr
-
-
-def server_without_rsync(server: SSHServer, tools: Path, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """The login shell may reset PATH, so a wrapper hides rsync from what a client asks for."""
-    wrapper = tmp_path / "wrapper"
-    wrapper.write_text(
-        f'#!/bin/sh\nPATH={tools}; export PATH\nexec /bin/sh -c "$SSH_ORIGINAL_COMMAND"\n'
-    )
-    wrapper.chmod(0o755)
-    key = server.authorized_keys.read_text()
-    server.authorized_keys.write_text(f'command="{wrapper}" {key}')
-    server.sftp = False
-    server.stop()
-    server.start()
-    file = random_file(tmp_path / "f.bin", 1000)
-    return cli("upload-training", *flags(server), "--method", "rsync", "--path", server.storage,
-               "--archive", file, server=server, cwd=tmp_path)  # fmt: skip
 
 
 def test_a_missing_remote_file_is_exit_4(server: SSHServer, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from benchmarks.link import Link
 from tests.servers import SSHServer
 from tests.support import (
     MIB,
+    bare_server,
     cli,
     document,
     flags,
@@ -35,9 +36,15 @@ def server(tmp_path: Path) -> Iterator[SSHServer]:
         yield running
 
 
-@pytest.fixture(params=["sftp", "no sftp", "no commands"])
+@pytest.fixture(params=["sftp", "no sftp", "no commands", "no python"])
 def any_server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SSHServer]:
     kind = request.param
+    if kind == "no python":
+        with bare_server(
+            tmp_path, "dd", "sha256sum", "mkdir", "mv", "stat", "df", "scp", "rm", "cat"
+        ) as bare:
+            yield bare
+        return
     with SSHServer(
         tmp_path / "any", sftp=kind != "no sftp", commands=kind != "no commands"
     ) as running:
@@ -224,19 +231,19 @@ def killed_upload(server: SSHServer, file: Path, after: int, cwd: Path) -> None:
 
 
 def test_an_upload_killed_halfway_continues_and_sends_only_the_rest(
-    server: SSHServer, tmp_path: Path
+    any_server: SSHServer, tmp_path: Path
 ) -> None:
     file = random_file(tmp_path / "data.bin", 10 * SEGMENT)
-    killed_upload(server, file, 5 * SEGMENT, tmp_path)
-    assert len(parts(server.storage)) == 1
-    assert not (server.storage / "data.bin").exists()
+    killed_upload(any_server, file, 5 * SEGMENT, tmp_path)
+    assert len(parts(any_server.storage)) == 1
+    assert not (any_server.storage / "data.bin").exists()
     done = document(
-        cli("--json", "upload-training", *flags(server), "--path", server.storage, "--archive", file,
-            server=server, cwd=tmp_path)
+        cli("--json", "upload-training", *flags(any_server), "--path", any_server.storage, "--archive", file,
+            server=any_server, cwd=tmp_path)
     )  # fmt: skip
     assert 0 < done["moved"] <= 9 * SEGMENT
-    assert sha256(server.storage / "data.bin") == sha256(file)
-    assert parts(server.storage) == []
+    assert sha256(any_server.storage / "data.bin") == sha256(file)
+    assert parts(any_server.storage) == []
 
 
 def test_a_killed_packing_upload_continues_though_the_name_has_a_new_time(
