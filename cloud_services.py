@@ -455,6 +455,13 @@ def open_for_update(path: Path | str) -> IO[bytes]:
     return open(os.open(path, flags, 0o666), "r+b", buffering=0)
 
 
+def write_all(stream: IO[bytes], data: bytes | bytearray | memoryview) -> None:
+    """Write all of `data`: an unbuffered file may take less, and says why at the next write."""
+    view = memoryview(data)
+    while view:
+        view = view[stream.write(view) :]
+
+
 def lock_part(stream: IO[bytes], target: Path) -> None:
     """Refuse to write one .part from two processes; the lock ends with the process, however."""
     try:
@@ -780,7 +787,7 @@ def create_archive(
 
         def write(block: bytes) -> None:
             with local_errors(output):
-                stream.write(block)
+                write_all(stream, block)
 
         packed = pack(plan, write, progress or Progress())
     return ArchiveResult(
@@ -1255,17 +1262,21 @@ def _safe_name(info: tarfile.TarInfo, path: Path) -> str:
     return "/".join(parts)
 
 
+def folded(name: str) -> str:
+    """A file name as this system's file names are compared."""
+    return name.casefold() if sys.platform in ("darwin", "win32") else name
+
+
 def _require_distinct(contents: Contents, path: Path) -> None:
     """No name twice, and no file where another member needs a folder."""
-    fold = str.casefold if sys.platform in ("darwin", "win32") else str
     seen: set[str] = set()
     for member in contents.members:
-        if fold(member.name) in seen:
+        if folded(member.name) in seen:
             raise IntegrityError(f"{printable(path)} is refused: {printable(member.name)!r} twice")
-        seen.add(fold(member.name))
+        seen.add(folded(member.name))
     folders = {_folders(f"{name}/") for name in contents.folders}
     for above in {_folders(member.name) for member in contents.members} | folders:
-        if clash := next((folder for folder in above if fold(folder) in seen), None):
+        if clash := next((folder for folder in above if folded(folder) in seen), None):
             raise IntegrityError(
                 f"{printable(path)} is refused: {printable(clash)!r} is both a file and a folder"
             )
@@ -1436,6 +1447,9 @@ class ContentCheck(Protocol):
     def result(self, size: int) -> str:
         """The SHA-256 of the whole file, of `size` bytes, as it is stored."""
 
+    def abandon(self) -> None:
+        """Nobody will ask for the result."""
+
 
 class Store(ABC):
     """A place that holds files: this machine's folders, or a server's.
@@ -1584,6 +1598,8 @@ class _LocalLane:
         self._path = path
         with local_errors(path):
             self._stream = open_for_update(path) if writing else open(path, "rb", buffering=0)
+        if writing:
+            lock_part(self._stream, Path(path))
 
     def send(
         self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
@@ -1591,7 +1607,7 @@ class _LocalLane:
         for index, data in segments:
             with local_errors(self._path):
                 self._stream.seek(index * SEGMENT_BYTES)
-                self._stream.write(data)
+                write_all(self._stream, data)
             advance(len(data))
             arrived(index)
 
@@ -1625,6 +1641,9 @@ class _LocalCheck:
 
     def ready(self, segments: int) -> None:
         """A second reading makes sense only after the last write."""
+
+    def abandon(self) -> None:
+        """Nothing has started yet."""
 
     def result(self, size: int) -> str:
         with local_errors(self._path), open(self._path, "rb") as stream:
@@ -1674,7 +1693,7 @@ class FileSource:
         if not stat.S_ISREG(self._status.st_mode):
             raise UsageError(f"{printable(path)} is not a regular file")
         self.total = self.size = self._status.st_size
-        self.part_name = name or part_name(path.name)
+        self.part_name = name or part_name(path.name, f"{socket.gethostname()}:{path.resolve()}")
 
     def segments(self, progress: Progress) -> Iterator[bytes]:
         with local_errors(self.path), open(self.path, "rb") as stream:
@@ -1877,9 +1896,13 @@ def send_segments(
         )  # fmt: skip
         if held_bytes > outgoing.size:
             store.truncate(part, outgoing.size)
+    except BaseException:
+        check.abandon()
+        raise
     finally:
-        blocks.close()  # type: ignore[attr-defined]  # sources are generators
         progress.end()
+        with contextlib.suppress(ValueError):  # a lane is still inside it: we were interrupted
+            blocks.close()  # type: ignore[attr-defined]  # sources are generators
     digest = outgoing.sha256.hexdigest()
     how = _compare(store, check, part, outgoing.size, digest)
     return Moved(outgoing.size, outgoing.size - outgoing.skipped, digest, how)
@@ -1910,6 +1933,9 @@ class ReadBack:
 
     def ready(self, segments: int) -> None:
         """Reading starts when everything is there."""
+
+    def abandon(self) -> None:
+        """Nothing has started yet."""
 
     def result(self, size: int) -> str:
         self.digests(size)
@@ -1945,35 +1971,58 @@ class _Incoming:
     """A file that arrives segment by segment, and a journal of those that did.
 
     The journal names the remote file's size and time, then one segment a line, and is void for any
-    other remote file. `verified` tells which of those segments are still what the server has.
+    other remote file. A noted segment counts when it still hashes like the server's or, where the
+    server computes no hashes, like the digest noted with it.
     """
 
-    def __init__(
-        self, part: Path, remote: FileInfo, verified: Callable[[set[int]], set[int]]
-    ) -> None:
+    def __init__(self, part: Path, remote: FileInfo, store: Store) -> None:
         self.part, self._remote = part, remote
         self._journal_path = part.with_name(part.name + ".journal")
-        header = f"{remote.size} {remote.mtime} {SEGMENT_BYTES}"
-        with local_errors(part):
-            self._stream = open_for_update(part)
-            lock_part(self._stream, part)
-            self.held = verified(self._journaled(header))
-            self._stream.truncate(remote.size)
-            self._journal = open(self._journal_path, "w", encoding="ascii")
-            self._journal.write("\n".join([header, *map(str, self.held), ""]))
-            self._journal.flush()
+        self._note_digests = not store.can_hash
         self._lock = threading.Lock()
         self._complete: queue.Queue[int | None] = queue.Queue()
         self._watermark = _Watermark(self._complete.put)
+        with local_errors(part):
+            self._stream = open_for_update(part)
+            try:
+                lock_part(self._stream, part)
+                self.held = self._verified(store)
+                self._stream.truncate(remote.size)
+                self._journal = open(self._journal_path, "w", encoding="ascii")
+            except BaseException:
+                self._stream.close()
+                raise
+        self._note(self._header, *(f"{index} {digest}" for index, digest in self.held.items()))
         self._hasher = in_background(self._hash_file)
 
-    def _journaled(self, header: str) -> set[int]:
+    @property
+    def _header(self) -> str:
+        return f"{self._remote.size} {self._remote.mtime} {SEGMENT_BYTES}"
+
+    def _note(self, *lines: str) -> None:
+        self._journal.write("".join(f"{line}\n" for line in lines))
+        self._journal.flush()
+
+    def _verified(self, store: Store) -> dict[int, str]:
+        """The noted segments that are still right, with the digests noted for them."""
+        noted = self._noted()
+        if not noted:
+            return {}
+        theirs = noted
+        if store.can_hash:
+            digests = store.digests(self._remote.path, (max(noted) + 1) * SEGMENT_BYTES)
+            theirs = dict(enumerate(digests))
+        ours = enumerate(LocalStore().digests(str(self.part), self._remote.size))
+        return {i: noted[i] for i, digest in ours if i in noted and theirs.get(i) == digest}
+
+    def _noted(self) -> dict[int, str]:
         with contextlib.suppress(FileNotFoundError):
-            lines = self._journal_path.read_text(encoding="ascii", errors="replace").split("\n")
-            if lines[0] == header:
+            text = self._journal_path.read_text(encoding="ascii", errors="replace")
+            if text.startswith(self._header + "\n"):
+                lines = re.findall(r"(?m)^(\d{1,9}) (\S+)\n", text)
                 count = len(spans(self._remote.size))
-                return {int(n) for n in lines[1:-1] if n.isdecimal() and int(n) < count}
-        return set()
+                return {int(i): digest for i, digest in lines if int(i) < count}
+        return {}
 
     def count_held(self) -> None:
         """Hash what is there already, as far as it is complete from the start."""
@@ -1983,13 +2032,16 @@ class _Incoming:
     def write(self, offset: int, data: bytes | memoryview) -> None:
         with local_errors(self.part), self._lock:
             self._stream.seek(offset)
-            self._stream.write(data)
+            write_all(self._stream, data)
 
     def arrived(self, index: int) -> None:
         with local_errors(self.part), self._lock:
-            self._journal.write(f"{index}\n")
-            self._journal.flush()
+            self._note(f"{index} {self._digest(index) if self._note_digests else '-'}")
         self._watermark.done(index)
+
+    def _digest(self, index: int) -> str:
+        self._stream.seek(index * SEGMENT_BYTES)
+        return hashlib.sha256(self._stream.read(SEGMENT_BYTES)).hexdigest()
 
     def _hash_file(self) -> str:
         """Hash the file as it is on the disk, as far as it is complete; meanwhile write it out."""
@@ -2012,24 +2064,14 @@ class _Incoming:
         return digest
 
     def close(self) -> None:
-        """Bring everything to the disk."""
-        with local_errors(self.part):
+        """Bring everything to the disk, and end the thread that hashes."""
+        self._complete.put(None)
+        with local_errors(self.part), self._stream, self._journal:
             os.fsync(self._stream.fileno())
-        self._stream.close()
-        self._journal.close()
 
     def forget_journal(self) -> None:
         """The file is complete, or worth nothing."""
         self._journal_path.unlink(missing_ok=True)
-
-
-def _still_same(store: Store, remote: FileInfo, part: Path, journaled: set[int]) -> set[int]:
-    """Those segments of `part` that hash like the server's; all, where it computes no hashes."""
-    if not journaled or not store.can_hash:
-        return journaled
-    theirs = dict(enumerate(store.digests(remote.path, (max(journaled) + 1) * SEGMENT_BYTES)))
-    ours = dict(enumerate(LocalStore().digests(str(part), remote.size)))
-    return {index for index in journaled if ours.get(index) == theirs.get(index)}
 
 
 def fetch_segments(store: Store, remote: FileInfo, part: Path, progress: Progress) -> Moved:
@@ -2037,7 +2079,7 @@ def fetch_segments(store: Store, remote: FileInfo, part: Path, progress: Progres
 
     Raises IntegrityError when the content differs from the server's in the end.
     """
-    incoming = _Incoming(part, remote, functools.partial(_still_same, store, remote, part))
+    incoming = _Incoming(part, remote, store)
     wanted = [span for span in spans(remote.size) if span.number not in incoming.held]
     moved = sum(span.length for span in wanted)
     check = store.check(remote.path)
@@ -2354,6 +2396,8 @@ class PaperspaceUploader(_Paperspace):
             session = stack.enter_context(self._session(method))
             send, _ = movers(method)
             moved = session.run(lambda store: self._upload(store, source, target, send, extract))
+            if extract:
+                session.run(lambda store: store.unpack(target))
         plan = archive if isinstance(archive, Plan) else None
         return TransferResult(
             str(self.workspace if plan else archive), target, moved.size, moved.moved,
@@ -2395,10 +2439,20 @@ class PaperspaceUploader(_Paperspace):
     ) -> Moved:
         if extract:
             store.require_unpacking()
-        moved = deliver(store, source, target, self.progress, send)
-        if extract:
-            store.unpack(target)
-        return moved
+        return deliver(store, source, target, self.progress, send)
+
+
+def _require_own_names(matches: Sequence[FileInfo]) -> None:
+    """Matches in several folders may share a name; here one would replace the other."""
+    seen: set[str] = set()
+    for match in matches:
+        name = folded(_base(match))
+        if name in seen:
+            raise UsageError(
+                f"several matches are called {printable(_base(match))}; one would replace another",
+                "fetch them one by one, each with its own --local-path",
+            )
+        seen.add(name)
 
 
 class PaperspaceDownloader(_Paperspace):
@@ -2443,6 +2497,7 @@ class PaperspaceDownloader(_Paperspace):
         failures: list[str] = []
         with self._session(method) as session:
             matches = session.run(lambda store: self._matches(store, where, newest))
+            _require_own_names(matches)
             for match in matches:
                 try:
                     files.append(self._download(session, match, Path(local_path), fetch, extract))

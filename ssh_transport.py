@@ -74,7 +74,9 @@ from cloud_services import (
     in_background,
     list_hint,
     local_errors,
+    lock_part,
     need,
+    open_for_update,
     printable,
     require_length,
     spans,
@@ -163,6 +165,8 @@ class SSHConnection:
         self.name = settings.host
         self.limiter = RateLimiter(settings.limit_rate)
         self.dead = False
+        self.knows_host = False
+        """The server's host key was accepted: what fails now is the login."""
         self.most_waiting = 8 * SEGMENT_BYTES
         """Bytes of requests that one lane has under way."""
         self._jump = jump
@@ -222,7 +226,7 @@ class SSHConnection:
         try:
             # A large packet size spares both ends most of the packets of a download.
             channel = transport.open_session(window, 128 * KIB, self.settings.timeout)
-        except self.paramiko.SSHException as error:
+        except (self.paramiko.SSHException, EOFError, OSError) as error:
             if not transport.is_active():
                 raise self.lost() from error
             raise NoMoreSessionsError(f"{self.name} refuses a further session") from error
@@ -264,8 +268,9 @@ class SSHConnection:
                 )
                 channel.shutdown_write()
                 return b"".join(iter(lambda: channel.recv(MIB), b"")).decode("utf-8", "replace")
-        except TransferError:
-            if self.dead:
+        except LinkLostError:
+            transport = self._client.get_transport()
+            if self.dead or transport is None or not transport.is_active():
                 raise
             return ""
 
@@ -274,11 +279,20 @@ class SSHConnection:
         self._closed.set()
         if hasattr(self, "_client"):
             self._client.close()
-        if self._proxy:
-            self._proxy.terminate()
-            self._proxy.wait()
+        self._end_proxy()
         if self._jump:
             self._jump.close()
+
+    def _end_proxy(self) -> None:
+        proxy, self._proxy = self._proxy, None
+        if proxy is None:
+            return
+        proxy.terminate()
+        try:
+            proxy.wait(5)
+        except subprocess.TimeoutExpired:
+            proxy.kill()
+            proxy.wait()
 
     # ── how it comes about
 
@@ -294,6 +308,7 @@ class SSHConnection:
             return self._connect(passphrase)
 
     def _connect(self, passphrase: str | None) -> paramiko.SSHClient:
+        self._end_proxy()  # of a login without the passphrase
         client: paramiko.SSHClient = self.paramiko.SSHClient()
         self._host_keys = KnownHosts(self)
         client.set_missing_host_key_policy(self._host_keys)  # type: ignore[arg-type]
@@ -355,9 +370,16 @@ class SSHConnection:
     def channel_to(self, hostname: str, port: int) -> paramiko.Channel:
         """A channel that this server connects to another one."""
         with ssh_errors(self):
-            return self.transport.open_channel(
-                "direct-tcpip", (hostname, port), ("127.0.0.1", 0), timeout=CONNECT_SECONDS
-            )
+            try:
+                return self.transport.open_channel(
+                    "direct-tcpip", (hostname, port), ("127.0.0.1", 0), timeout=CONNECT_SECONDS
+                )
+            except self.paramiko.ChannelException as error:
+                there = f"{printable(hostname)}:{port}"
+                raise ConnectError(
+                    f"{self.name} cannot reach {there}: {printable(error.text)}",
+                    "check --host and --port, and ProxyJump in ~/.ssh/config",
+                ) from error
 
     def _through_command(self, command: str) -> Any:
         if os.name == "nt":
@@ -378,8 +400,10 @@ class SSHConnection:
         passphrase = self.settings.passphrase
         try:
             self.paramiko.PKey.from_path(path, passphrase.encode() if passphrase else None)
-        except (self.paramiko.PasswordRequiredException, TypeError):
+        except self.paramiko.PasswordRequiredException:
             return True
+        except TypeError:  # paramiko's word for a missing passphrase, and for a needless one
+            return passphrase is None
         except Exception:  # what else is wrong with it a passphrase mends only if there was one
             return passphrase is not None
         return False
@@ -454,7 +478,8 @@ def _refused_login(connection: SSHConnection, error: Exception) -> CloudError | 
     """The error for a login that failed; None: it was something else."""
     refused = isinstance(error, connection.paramiko.AuthenticationException)
     passphrase = connection.settings.passphrase
-    if (refused or passphrase) and (locked := connection.locked_key()):
+    unreadable = isinstance(error, (connection.paramiko.SSHException, ValueError))
+    if (refused or (unreadable and connection.knows_host)) and (locked := connection.locked_key()):
         return AccessError(
             f"the passphrase of {printable(locked)} {'is wrong' if passphrase else 'is needed'}",
             f"ssh-add {shlex.quote(locked)}",
@@ -589,6 +614,7 @@ class KnownHosts:
                 "compare with: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub   (on the server)",
             )
         if self._known:
+            self._connection.knows_host = True
             return
         if not (settings.accept_new_host_key or settings.host_key):
             raise HostKeyError(
@@ -597,6 +623,7 @@ class KnownHosts:
                 "   (or --accept-new-host-key)",
             )
         self._remember(key)
+        self._connection.knows_host = True
 
     def _remember(self, key: paramiko.PKey) -> None:
         with local_errors(self.file):
@@ -773,6 +800,9 @@ class _CommandCheck:
             raise TransferError("the server did not answer with a SHA-256", SAME_COMMAND)
         return str(found[-1])
 
+    def abandon(self) -> None:
+        """Nothing waits for more."""
+
     def _feed(self, channel: paramiko.Channel) -> None:
         """The command needs no input."""
 
@@ -811,6 +841,9 @@ class _GrowingCheck(_CommandCheck):
         self._ask(len(spans(size)))
         self._input.put(b"")
         return super().result(size)
+
+    def abandon(self) -> None:
+        self._input.put(b"")
 
     def _ask(self, segments: int) -> None:
         self._input.put(b"%d %d\n" % (self._asked, segments - self._asked))
@@ -858,10 +891,13 @@ class SFTPStore(SSHStore):
 
     def lane(self, path: str, writing: bool) -> Lane:
         """The last lane shares the control channel: a server grants ten sessions (MaxSessions)."""
-        with self._lock:
-            standby = self._standby.pop() if self._standby else None
-            shared = standby is None and self._control_is_free
-            self._control_is_free = self._control_is_free and not shared
+        while True:
+            with self._lock:
+                standby = self._standby.pop() if self._standby else None
+                shared = standby is None and self._control_is_free
+                self._control_is_free = self._control_is_free and not shared
+            if standby is None or not isinstance(standby.exception(), NoMoreSessionsError):
+                break
         if shared:
             return _SFTPLane(self.control, path, writing, self._control_came_back)
         channel = standby.result() if standby else _SFTPChannel(self.connection)
@@ -1029,10 +1065,23 @@ class _SFTPChannel:
                     raise
                 raise NoSFTPError(f"{connection.name} has no SFTP subsystem") from error
         self._send(struct.pack(">IBI", 5, SFTP.INIT, 3))
-        self.extensions = self.read(self.header()[0])
+        self.extensions = self._version()
         # 32 KiB is what every server takes; OpenSSH names its limits extension since it takes 255.
         large = b"limits@openssh.com" in self.extensions
         self.step = SFTP_REQUEST_BYTES if large else 32 * KIB
+
+    def _version(self) -> bytes:
+        """What the server says of itself, its extensions among it."""
+        name = self.connection.name
+        try:
+            length, kind = self.header()
+        except LinkLostError as error:
+            if not self.connection.transport.is_active():
+                raise
+            raise NoSFTPError(f"{name} has an SFTP subsystem that does not start") from error
+        if kind != SFTP.VERSION or length > 256 * KIB:
+            raise NoSFTPError(f"{name} does not answer in SFTP: does a shell start-up file print?")
+        return self.read(length)
 
     @staticmethod
     def string(text: str | bytes) -> bytes:
@@ -1433,9 +1482,10 @@ def rsync_fetch(store: Store, remote: FileInfo, part: Path, progress: Progress) 
     check = store.check(remote.path)
     progress.begin("fetching", remote.size)
     try:
-        moved = _run_rsync(
-            store, _remote_argument(store, remote.path), _local_argument(part), progress
-        )
+        with open_for_update(part) as stream:
+            lock_part(stream, part)
+            origin, destination = _remote_argument(store, remote.path), _local_argument(part)
+            moved = _run_rsync(store, origin, destination, progress)
     finally:
         progress.end()
     digest = file_sha256(part)
@@ -1467,9 +1517,11 @@ def _run_rsync(store: SSHStore, origin: str, destination: str, progress: Progres
     settings = store.connection.settings
     limit = [f"--bwlimit={max(1, settings.limit_rate // KIB)}"] if settings.limit_rate else []
     with _rsync_shell(store.connection) as shell:
-        command = [program, "-s", "--inplace", "--partial", "--no-whole-file", "--times", "--stats",
-                   "--info=progress2", f"--timeout={max(1, round(settings.timeout))}", *limit,
-                   "-e", shell, "--", origin, destination]  # fmt: skip
+        command = [
+            program, "-s", "--ignore-times", "--inplace", "--partial", "--no-whole-file", "--times",
+            "--stats", "--info=progress2", f"--timeout={max(1, round(settings.timeout))}", *limit,
+            "-e", shell, "--", origin, destination,
+        ]  # fmt: skip
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "LC_ALL": "C"},

@@ -39,6 +39,7 @@ from cloud_services import (
     plan_results,
     plan_training,
 )
+from tests import support
 from tests.conftest import (
     HOSTILE_NAMES,
     OLD,
@@ -614,3 +615,24 @@ def test_both_compressors_pack_the_same_content(
     without = packed(everything(workspace))
     assert with_isal != without
     assert gzip.decompress(with_isal) == gzip.decompress(without)
+
+
+@pytest.mark.parametrize("short", [1, 5, 3000])
+def test_an_archive_that_is_cut_in_its_last_bytes_is_an_error(tmp_path: Path, short: int) -> None:
+    """The last write may succeed in part; a file one byte short must not get the name."""
+    support.workspace(tmp_path, 50_000)
+    made = support.cli("--json", "create-training-archive", "-o", "w.tar.gz", cwd=tmp_path)
+    limit = support.document(made)["archive_bytes"] - short
+    program = (
+        "import resource, sys, cloud_services\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        "sys.exit(cloud_services.main(['create-training-archive', '-o', 'cut.tar.gz']))"
+    )
+    env = {**support.environment(None), "PYTHONPATH": str(support.ROOT)}
+    env["PYTHONDONTWRITEBYTECODE"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
+    assert not (tmp_path / "cut.tar.gz").exists()
+    assert support.parts(tmp_path) == []

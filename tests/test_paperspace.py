@@ -384,6 +384,18 @@ def test_a_glob_fetches_every_match_and_newest_only_one(server: SSHServer, tmp_p
     assert not (tmp_path / "none").exists()
 
 
+def test_matches_of_one_name_in_several_folders_never_replace_each_other(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    for run in ("a", "b"):
+        random_file(server.storage / f"run_{run}/results.tar.gz", 100, ord(run))
+    done = cli("download-results", *flags(server), "--path", f"{server.storage}/run_*/results.tar.gz",
+               server=server, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "several matches are called results.tar.gz" in done.stderr
+    assert not (tmp_path / "results.tar.gz").exists()
+
+
 def test_one_match_that_fails_does_not_stop_the_others(server: SSHServer, tmp_path: Path) -> None:
     for number in (1, 2, 3):
         random_file(server.storage / f"r{number}.bin", 100, number)
@@ -452,7 +464,7 @@ def test_a_local_upload_that_was_interrupted_continues(tmp_path: Path) -> None:
     file = random_file(tmp_path / "data.bin", 10 * cloud_services.SEGMENT_BYTES)
     disk = tmp_path / "disk"
     disk.mkdir()
-    part = disk / cloud_services.part_name("data.bin")
+    part = disk / cloud_services.FileSource(file).part_name
     part.write_bytes(file.read_bytes()[: 4 * cloud_services.SEGMENT_BYTES + 5] + b"rubbish")
     result = PaperspaceUploader(path=str(disk)).upload_training_data(file, method="local")
     assert result.moved == 6 * cloud_services.SEGMENT_BYTES
@@ -466,7 +478,7 @@ def test_a_longer_leftover_is_cut(server: SSHServer, tmp_path: Path) -> None:
         (tmp_path / "disk", ["--method", "local"]),
     ):
         folder.mkdir(exist_ok=True)
-        (folder / cloud_services.part_name("data.bin")).write_bytes(
+        (folder / cloud_services.FileSource(file).part_name).write_bytes(
             file.read_bytes() + b"x" * 5_000_000
         )
         done = cli(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import cloud_services
 from tests.servers import SSHServer, require
 from tests.support import (
     MIB,
@@ -118,6 +120,19 @@ def test_a_killed_download_continues(server: SSHServer, tmp_path: Path) -> None:
     done = document(cli("--json", *fetch, server=server, cwd=tmp_path))["files"][0]
     assert 0 < done["moved"] < 17 * MIB
     assert sha256(tmp_path / "b/r.bin") == sha256(file)
+
+
+def test_a_damaged_leftover_of_the_same_size_and_time_is_repaired(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    file = random_file(tmp_path / "data.bin", 300_000)
+    part = server.storage / cloud_services.FileSource(file).part_name
+    part.write_bytes(bytes(300_000))
+    os.utime(part, ns=(file.stat().st_mtime_ns, file.stat().st_mtime_ns))
+    sent = cli("upload-training", *flags(server), "--method", "rsync", "--path", server.storage, "--archive", file,
+               server=server, cwd=tmp_path)  # fmt: skip
+    assert sent.returncode == 0, sent.stderr
+    assert sha256(server.storage / "data.bin") == sha256(file)
 
 
 def test_progress_reaches_a_pipe_as_lines(server: SSHServer, tmp_path: Path) -> None:

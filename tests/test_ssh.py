@@ -371,6 +371,36 @@ def test_something_that_is_no_ssh_server_is_an_error(tmp_path: Path, greeting: b
     assert "Traceback" not in done.stderr
 
 
+def test_a_passphrase_in_the_settings_does_not_hide_a_refused_connection(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    env = {**server.environment, "PAPERSPACE_PASSPHRASE": "needless"}
+    server.stop()
+    done = listing(server, *flags(server), tmp_path=tmp_path, env=env)
+    assert done.returncode == 7, done.stderr
+    assert "refuses the connection" in done.stderr
+
+
+def test_a_needless_passphrase_does_no_harm(server: SSHServer, tmp_path: Path) -> None:
+    env = {**server.environment, "PAPERSPACE_PASSPHRASE": "needless"}
+    done = listing(server, *flags(server), tmp_path=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_jump_host_that_cannot_reach_the_target_is_named(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    with SSHServer(tmp_path / "jump") as jump:
+        block = host_block(server).replace(f"Port {server.port}", f"Port {free_port()}")
+        write_config(server, block + "  ProxyJump first\n" + host_block(jump, "first"))
+        with server.known_hosts.open("a") as lines:
+            lines.write(f"{jump.known_hosts_line}\n")
+        done = listing(server, "--host", "gpu", tmp_path=tmp_path)
+    assert done.returncode == 7, done.stderr
+    assert "first cannot reach 127.0.0.1:" in done.stderr
+    assert "trying again" not in done.stderr
+
+
 def test_a_server_that_offers_nothing_usable_says_so(tmp_path: Path) -> None:
     with SSHServer(tmp_path / "s", sftp=False, config=["ForceCommand /bin/false"]) as server:
         done = cli("list-remote-files", *flags(server), "--path", "/", server=server, cwd=tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import cloud_services
 from benchmarks.link import Link
 from tests.servers import SSHServer
 from tests.support import (
@@ -216,6 +217,40 @@ def test_a_rate_limit_holds_over_all_streams(server: SSHServer, tmp_path: Path) 
     assert back["files"][0]["seconds"] > 2.5
 
 
+@pytest.mark.parametrize("sessions", [2, 3, 10])
+def test_a_small_file_goes_through_however_few_sessions_there_are(
+    tmp_path: Path, sessions: int
+) -> None:
+    with SSHServer(tmp_path / "few", config=[f"MaxSessions {sessions}"]) as server:
+        file = random_file(tmp_path / "small.bin", 1000)
+        for streams in ([], ["--streams", "16"]):
+            sent = cli("upload-training", *flags(server), "--path", server.storage, "--archive", file, *streams,
+                       server=server, cwd=tmp_path)  # fmt: skip
+            assert sent.returncode == 0, sent.stderr
+            back = cli("download-results", *flags(server), "--path", server.storage / "small.bin", *streams,
+                       "--local-path", "b", server=server, cwd=tmp_path)  # fmt: skip
+            assert back.returncode == 0, back.stderr
+            assert (
+                sha256(server.storage / "small.bin")
+                == sha256(tmp_path / "b/small.bin")
+                == sha256(file)
+            )
+            (server.storage / "small.bin").unlink()
+            (tmp_path / "b/small.bin").unlink()
+
+
+def test_a_missing_sftp_program_on_the_server_means_scp(tmp_path: Path) -> None:
+    with SSHServer(
+        tmp_path / "s", sftp=False, config=["Subsystem sftp /nonexistent/sftp-server"]
+    ) as server:
+        file = random_file(tmp_path / "f.bin", 1000)
+        sent = cli("upload-training", *flags(server), "--path", server.storage, "--archive", file,
+                   server=server, cwd=tmp_path)  # fmt: skip
+        assert sent.returncode == 0, sent.stderr
+        assert "using the old scp protocol" in sent.stderr
+        assert sha256(server.storage / "f.bin") == sha256(file)
+
+
 # ── interrupted
 
 
@@ -338,6 +373,27 @@ def test_a_flipped_bit_in_a_half_downloaded_file_is_fetched_again(
     done = cli(*fetch, server=server, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sha256(tmp_path / "b/r.bin") == sha256(file)
+
+
+def test_a_journal_without_its_part_is_not_believed(any_server: SSHServer, tmp_path: Path) -> None:
+    file = random_file(any_server.storage / "m.ckpt", 3 * cloud_services.SEGMENT_BYTES)
+    status = file.stat()
+    journal = tmp_path / "b" / (cloud_services.part_name("m.ckpt") + ".journal")
+    journal.parent.mkdir()
+    header = f"{status.st_size} {int(status.st_mtime)} {cloud_services.SEGMENT_BYTES}"
+    journal.write_text(f"{header}\n0 -\n1 {'0' * 64}\n2\n9 -\n")
+    done = cli(
+        "download-results",
+        *flags(any_server),
+        "--path",
+        file,
+        "--local-path",
+        "b",
+        server=any_server,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sha256(tmp_path / "b/m.ckpt") == sha256(file)
 
 
 def test_a_remote_file_that_changed_since_is_fetched_from_the_start(
