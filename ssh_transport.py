@@ -266,7 +266,7 @@ class SSHConnection:
                 channel.exec_command(
                     shell_command(f"for tool in {words}; do command -v $tool; done; cat >/dev/null")
                 )
-                channel.shutdown_write()
+                end_input(channel)
                 return b"".join(iter(lambda: channel.recv(MIB), b"")).decode("utf-8", "replace")
         except LinkLostError:
             transport = self._client.get_transport()
@@ -426,6 +426,20 @@ class SSHConnection:
 
 
 DEFAULT_KEYS = ("~/.ssh/id_ed25519", "~/.ssh/id_ecdsa", "~/.ssh/id_rsa")
+
+
+def end_input(channel: Any) -> None:
+    """Tell a command that its input ends, never after the channel was closed.
+
+    paramiko's shutdown_write lets go of the channel before it sends: its own thread may answer the
+    server's close in between, and sshd ends a connection that names a closed channel.
+    """
+    with channel.lock:
+        message = channel._send_eof()  # noqa: SLF001 - the only way to send under the lock
+        if message is not None:
+            channel.transport._send_user_message(message)  # noqa: SLF001
+
+
 SHA256_COMMANDS = {
     "openssl": "openssl dgst -sha256 -r",  # first: it uses the processor's SHA instructions
     "sha256sum": "sha256sum",
@@ -824,7 +838,7 @@ class _GrowingCheck(_CommandCheck):
     def _feed(self, channel: paramiko.Channel) -> None:
         for line in iter(self._input.get, b""):
             channel.sendall(line)
-        channel.shutdown_write()
+        end_input(channel)
 
     def _script(self) -> str:
         loop = (
