@@ -164,3 +164,12 @@ def plain_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         stack.callback(os.seteuid, 0)
         os.seteuid(nobody)
         yield Path(name)
+
+
+@pytest.fixture(params=["isal", "gzip"])
+def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with isal, once as if it were not installed."""
+    if request.param == "gzip":
+        monkeypatch.setitem(sys.modules, "isal.igzip_threaded", None)
+    else:
+        pytest.importorskip("isal.igzip_threaded")

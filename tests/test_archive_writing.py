@@ -104,15 +104,6 @@ class Once(Progress):
         self.ended += 1
 
 
-@pytest.fixture(params=["isal", "gzip"])
-def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once with isal, once as if it were not installed."""
-    if request.param == "gzip":
-        monkeypatch.setitem(sys.modules, "isal.igzip_threaded", None)
-    else:
-        pytest.importorskip("isal.igzip_threaded")
-
-
 both_engines = pytest.mark.usefixtures("_engine")
 
 
