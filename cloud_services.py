@@ -1820,10 +1820,13 @@ def run_lanes(
 
     def run() -> None:
         try:
-            with contextlib.closing(open_lane()) as lane:
+            try:
+                lane = open_lane()
+            except NoMoreSessionsError as error:
+                refusals.append(error)
+                return
+            with contextlib.closing(lane):
                 work(lane, shared)
-        except NoMoreSessionsError as error:
-            refusals.append(error)
         except BaseException as error:
             errors.append(error)
             shared.stopped = True
@@ -1881,8 +1884,8 @@ def send_segments(
     It holds `held_bytes` bytes, right or wrong, from a run before. Raises IntegrityError when the
     stored content differs in the end.
     """
-    check = store.check(part, growing=True)
     held = store.digests(part, held_bytes) if held_bytes else []
+    check = store.check(part, growing=True)
     advance: Advance = progress.advance if source.size is not None else lambda count: None
     if source.size is not None:
         progress.begin("sending", source.total)
@@ -2054,6 +2057,8 @@ class _Incoming:
                     if number % FLUSH_SEGMENTS == FLUSH_SEGMENTS - 1:
                         os.fsync(self._stream.fileno())
                 hashed = max(hashed, count)
+        if hashed < len(spans(self._remote.size)):
+            raise TransferError(f"a segment of {printable(self.part)} did not arrive", SAME_COMMAND)
         return digest.hexdigest()
 
     def digest(self) -> str:

@@ -251,6 +251,23 @@ def test_a_missing_sftp_program_on_the_server_means_scp(tmp_path: Path) -> None:
         assert sha256(server.storage / "f.bin") == sha256(file)
 
 
+def test_a_lane_that_fails_in_its_work_is_an_error_not_a_refusal() -> None:
+    """Otherwise the segment it had taken would be missing without a word."""
+
+    class Lane:
+        def close(self) -> None:
+            pass
+
+    def work(lane: object, jobs: Iterator[int]) -> None:
+        if next(jobs, None) == 0:
+            raise cloud_services.NoMoreSessionsError("no session in the middle")
+        for _ in jobs:
+            pass
+
+    with pytest.raises(cloud_services.NoMoreSessionsError):
+        cloud_services.run_lanes(Lane, 3, range(10), work)  # type: ignore[arg-type]
+
+
 # ── interrupted
 
 
