@@ -2149,7 +2149,9 @@ def deliver(
     except LinkLostError:
         raise
     except TransferError as error:
-        free = store.free_bytes(folder or ".")
+        free = None
+        with contextlib.suppress(CloudError):  # asking must not hide what went wrong
+            free = store.free_bytes(folder or ".")
         if free is not None and free < SEGMENT_BYTES and not isinstance(error, DiskFullError):
             raise DiskFullError(
                 f"the disk of {store.name} is full: {printable(folder)}",

@@ -889,7 +889,10 @@ class SFTPStore(SSHStore):
     def control(self) -> _SFTPChannel:
         """The channel for everything but content; a new one when a lane on it has failed."""
         if self._control.closed:
-            self._control = _SFTPChannel(self.connection)
+            # The failed lanes may still count as sessions: the patient way.
+            channel = self.connection.open_command_session()
+            channel.settimeout(self.connection.settings.timeout)
+            self._control = _SFTPChannel(self.connection, channel)
         return self._control
 
     def get_ready(self, lanes: int) -> None:
