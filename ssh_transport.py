@@ -420,6 +420,12 @@ class SSHConnection:
             if silent > patience / 4:
                 threading.Thread(target=self._ping, daemon=True).start()
 
+    def round_trip(self) -> float:
+        """Seconds from a request to its answer."""
+        started = time.monotonic()
+        self._ping()
+        return time.monotonic() - started
+
     def _ping(self) -> None:
         with contextlib.suppress(Exception):  # a link that cannot be asked is found by its silence
             self.transport.global_request("keepalive@openssh.com", wait=True)
@@ -868,18 +874,22 @@ class NoSFTPError(AccessError):
     """The server has no SFTP subsystem."""
 
 
+NEAR_SECONDS = 0.005
+"""A server that answers within this is in the same house: processors are the limit there."""
+
+
 class SFTPStore(SSHStore):
     """A server with the SFTP subsystem: ranges, several channels, no command needed."""
 
     def __init__(self, connection: SSHConnection) -> None:
-        started = time.monotonic()
         channel = connection.open_session(connection.settings.timeout, _SFTPChannel.WINDOW_BYTES)
-        near = time.monotonic() - started < 0.005
+        round_trip = in_background(connection.round_trip)  # measured while the subsystem starts
+        self._control = _SFTPChannel(connection, channel)
+        near = round_trip.result() < NEAR_SECONDS
         if near:  # little memory stays in the processor's cache
             connection.most_waiting = 2 * SEGMENT_BYTES
         # Going there, sshd's window of 2 MiB a channel is the limit; coming back, ours is larger.
         super().__init__(connection, *((3, 1) if near else (9, 4)))
-        self._control = _SFTPChannel(connection, channel)
         self._control_is_free = True
         self._standby: list[Future[_SFTPChannel]] = []
         self._lock = threading.Lock()
