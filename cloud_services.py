@@ -33,21 +33,21 @@ import enum
 import errno
 import fnmatch
 import functools
+import gc
 import glob
 import gzip
 import hashlib
 import importlib
+import importlib.util
 import io
 import json
 import logging
 import os
 import posixpath
-import queue
 import re
 import shlex
 import shutil
 import signal
-import socket
 import stat
 import sys
 import tarfile
@@ -55,14 +55,10 @@ import tempfile
 import threading
 import time
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
-
-if TYPE_CHECKING:
-    pass
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 __version__ = "0.1.0"
 
@@ -304,14 +300,7 @@ class SSHSettings:
     @classmethod
     def resolve(cls, **given: Any) -> SSHSettings:
         """Settings from `given` arguments, then the environment, then `.env`, then defaults."""
-        values = {name: value for name, value in given.items() if value is not None}
-        dotenv = dotenv_settings()
-        for field in dataclasses.fields(cls):
-            variable = field.metadata.get("variable")
-            if variable and field.name not in values:
-                value = os.environ.get(variable) or dotenv.get(variable)
-                if value:
-                    values[field.name] = value
+        values = _resolved(cls, given)
         if "@" in (host := str(values.get("host", ""))):
             user, values["host"] = host.rsplit("@", 1)
             values["user"] = given.get("user") or user
@@ -333,6 +322,77 @@ class SSHSettings:
             )
         if not self.path:
             raise UsageError("--path is empty", "use --path /storage/")
+
+
+@dataclasses.dataclass(frozen=True)
+class HubSettings:
+    """Which repository on the Hugging Face Hub, and who asks for it."""
+
+    repo_id: str
+    repo_type: str = "dataset"
+    token: str | None = dataclasses.field(
+        default=None, repr=False, metadata={"variable": "HF_TOKEN"}
+    )
+    endpoint: str = _setting("HF_ENDPOINT", "https://huggingface.co")
+    revision: str = "main"
+    """A branch; for downloads also a tag or a commit."""
+    timeout: float = STALL_SECONDS
+    """Seconds without a byte after which a request counts as dead."""
+
+    @classmethod
+    def resolve(cls, **given: Any) -> HubSettings:
+        """Settings from `given` arguments, then the environment, `.env`, the stored login."""
+        values = _resolved(cls, given)
+        values["token"] = values.get("token") or _stored_hub_token()
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", self.repo_id, re.ASCII) or re.search(
+            r"\.\.|--|(^|/)[.-]|[.-](/|$)|\.git$", self.repo_id
+        ):
+            raise UsageError(
+                f"{printable(self.repo_id)!r} is no repository id",
+                "write it as username/dataset-name",
+            )
+        if self.repo_type not in HUB_REPO_TYPES:
+            raise UsageError(f"--repo-type is one of {', '.join(HUB_REPO_TYPES)}")
+        if self.token is not None and not re.fullmatch(r"[\x21-\x7e]+", self.token):
+            raise AccessError(
+                "the Hugging Face token holds characters that no token has",
+                "copy it again from your Hugging Face settings",
+            )
+        if not re.match(r"https?://[^/]", self.endpoint):
+            raise AccessError(
+                f"HF_ENDPOINT is no http address: {printable(self.endpoint)}", "unset HF_ENDPOINT"
+            )
+
+
+HUB_REPO_TYPES = ("dataset", "model")
+
+
+def _stored_hub_token() -> str | None:
+    """The token that `hf auth login` stored."""
+    home = os.environ.get("HF_HOME") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"),
+        "huggingface",
+    )
+    path = os.environ.get("HF_TOKEN_PATH") or os.path.join(os.path.expanduser(home), "token")
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip() or None
+    return None
+
+
+def _resolved(settings: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given values, and for the others what the environment or `.env` say."""
+    values = {name: value for name, value in given.items() if value is not None}
+    dotenv = dotenv_settings()
+    for field in dataclasses.fields(settings):
+        variable = field.metadata.get("variable")
+        if variable and field.name not in values:
+            value = os.environ.get(variable) or dotenv.get(variable)
+            if value:
+                values[field.name] = value.strip()
+    return values
 
 
 def _port(text: object) -> int:
@@ -518,6 +578,124 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+class HashCache:
+    """Digests of local files, remembered while path, size, time of change and inode stay the same.
+
+    A file that changed within the last two seconds is hashed but not remembered: it could change
+    again without its time telling (git calls such entries racily clean). It also remembers what
+    downloads placed, so that a later one tells an older version from a local change. Without a
+    writable cache folder it lasts as long as the process.
+    """
+
+    RACY_NS = 2_000_000_000
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._sqlite: Any = need("sqlite3")
+        self._lock = threading.Lock()
+        self._loaded: dict[tuple[bytes, str], tuple[Any, ...]] = {}
+        path = path or cache_folder() / "files.sqlite"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._open(str(path))
+        except (OSError, self._sqlite.Error) as error:
+            log.info("%s cannot be used: %s", printable(path), error)
+            self._open(":memory:")
+
+    def _open(self, path: str) -> None:
+        self._database = self._sqlite.connect(path, check_same_thread=False, timeout=10)
+        self._database.execute(
+            "CREATE TABLE IF NOT EXISTS digests (path BLOB, kind TEXT, size INTEGER,"
+            " mtime_ns INTEGER, inode INTEGER, digest TEXT, PRIMARY KEY (path, kind))"
+        )
+
+    def load(self, folder: str | Path) -> None:
+        """Read all that is remembered below a folder at once: thousands of questions are slow."""
+        start = os.path.join(_cache_key(folder), b"")
+        query = "SELECT * FROM digests WHERE path >= ? AND path < ?"
+        with self._lock, contextlib.suppress(self._sqlite.Error):
+            rows = self._database.execute(query, (start, start[:-1] + b"0"))  # 0 follows /
+            self._loaded.update({row[:2]: row[2:] for row in rows})
+
+    def remembered(self, path: str | Path, kind: str, size: int, mtime_ns: int, inode: int) -> str:
+        """The digest, "sha256" or "git", remembered for a file in this state; or empty."""
+        row = self._row(path, kind)
+        return str(row[3]) if row and row[:3] == (size, mtime_ns, inode) else ""
+
+    def sha256(self, path: str | Path) -> str:
+        """The SHA-256 of a file's content, in hex."""
+        return self._digest(path, "sha256")
+
+    def git_oid(self, path: str | Path) -> str:
+        """The id that git gives a file's content: SHA-1 over a header with its size, and it."""
+        return self._digest(path, "git")
+
+    def remember(self, path: str | Path, kind: str, status: os.stat_result, digest: str) -> None:
+        """Note a digest of the content that the file had when it had this status."""
+        if time.time_ns() - status.st_mtime_ns < self.RACY_NS:
+            return
+        self._store(path, kind, (status.st_size, status.st_mtime_ns, status.st_ino), digest)
+
+    def received(self, path: str | Path) -> str:
+        """The digest of what a download last placed at `path`; empty: none did."""
+        row = self._row(path, "received")
+        return str(row[3]) if row else ""
+
+    def remember_received(self, path: str | Path, digest: str) -> None:
+        """Note what a download placed at `path`."""
+        self._store(path, "received", (0, 0, 0), digest)
+
+    def _store(self, path: str | Path, kind: str, state: tuple[int, int, int], digest: str) -> None:
+        key = _cache_key(path)
+        row = (key, kind, *state, digest)
+        self._loaded.pop((key, kind), None)
+        with self._lock, contextlib.suppress(self._sqlite.Error):
+            self._database.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def close(self) -> None:
+        """Write down what was learnt."""
+        with self._lock, contextlib.suppress(self._sqlite.Error):
+            self._database.commit()
+            self._database.close()
+
+    def _digest(self, path: str | Path, kind: str) -> str:
+        with local_errors(path):
+            status = os.stat(path)
+            state = (status.st_size, status.st_mtime_ns, status.st_ino)
+            if known := self.remembered(path, kind, *state):
+                return known
+            digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
+            if kind == "git":
+                digest.update(b"blob %d\0" % status.st_size)
+            with open(path, "rb", buffering=0) as stream:
+                for block in read_blocks(stream):
+                    digest.update(block)
+                after = os.fstat(stream.fileno())
+        if (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns):
+            self.remember(path, kind, after, digest.hexdigest())
+        return digest.hexdigest()
+
+    def _row(self, path: str | Path, kind: str) -> tuple[Any, ...] | None:
+        if found := self._loaded.get((_cache_key(path), kind)):
+            return found
+        query = "SELECT size, mtime_ns, inode, digest FROM digests WHERE path = ? AND kind = ?"
+        with self._lock, contextlib.suppress(self._sqlite.Error):
+            row: tuple[Any, ...] | None = self._database.execute(
+                query, (_cache_key(path), kind)
+            ).fetchone()
+            return row
+        return None
+
+
+def _cache_key(path: str | Path) -> bytes:
+    return os.fsencode(os.path.abspath(path))
+
+
+def cache_folder() -> Path:
+    """Where this program keeps what it can also do without: $XDG_CACHE_HOME/cloud_services."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "cloud_services"
+
+
 # ── plan ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -528,6 +706,7 @@ class PlannedFile(NamedTuple):
     name: str
     size: int
     mtime_ns: int
+    inode: int = 0
 
     @property
     def source(self) -> str:
@@ -607,16 +786,32 @@ def plan_results(workspace: str | Path = "workspace", exclude: Sequence[str] = (
     return tree.plan(RESULTS_MANIFEST)
 
 
+def plan_folder(folder: str | Path, flag: str, exclude: Sequence[str] = ()) -> Plan:
+    """Plan everything in one folder; `below` of its files is relative to it.
+
+    Raises NotFoundError, naming the `flag` that chooses another, when it is missing or empty.
+    """
+    tree = _Tree(Path(folder), tuple(exclude), "folder", flag)
+    if not tree.add_folder(""):
+        raise NotFoundError(
+            f"{printable(folder)} holds no files to send", f"fill it, or name another with {flag}"
+        )
+    return tree.plan("")
+
+
 class _Tree:
     """Collects files of a workspace into a plan, with a reason for each path left out."""
 
-    def __init__(self, root: Path, exclude: tuple[str, ...]) -> None:
+    def __init__(
+        self, root: Path, exclude: tuple[str, ...], what: str = "workspace",
+        flag: str = "--workspace",
+    ) -> None:  # fmt: skip
         with local_errors(root):
             found = root.is_dir()
         if not found:
             raise NotFoundError(
-                f"the workspace {printable(root)} does not exist",
-                "run this where the workspace is, or name it with --workspace",
+                f"the {what} {printable(root)} does not exist",
+                f"run this where the {what} is, or name it with {flag}",
             )
         self.root = root
         self._workspace = str(root)
@@ -653,14 +848,15 @@ class _Tree:
             for entry in entries:
                 if entry.name == ".gitkeep":
                     continue
-                name = f"{folder}/{entry.name}"
+                name = f"{folder}/{entry.name}" if folder else entry.name
                 if self._left_out(name, Path(entry.path) if entry.is_symlink() else None):
                     continue
-                kind = stat.S_IFMT(_mode(entry))
+                status = _status(entry)
+                kind = stat.S_IFMT(status.st_mode) if status else 0
                 if kind == stat.S_IFDIR:
                     self._walk_into(name, entry.path, above)
                 elif kind == stat.S_IFREG:
-                    self._add_file(name, entry.path)
+                    self._add_file(name, entry.path, status)
                 else:
                     odd = "neither a file nor a folder" if kind else "a link to nothing"
                     self.left_out.append(LeftOut(f"workspace/{name}", odd))
@@ -672,11 +868,17 @@ class _Tree:
         else:
             self._walk(name, path, (*above, real))
 
-    def _add_file(self, name: str, path: str) -> None:
+    def _add_file(self, name: str, path: str, status: os.stat_result | None = None) -> None:
         with local_errors(path):
-            status = os.stat(path)
+            status = status or os.stat(path)
         self.files.append(
-            PlannedFile(self._workspace, f"workspace/{name}", status.st_size, status.st_mtime_ns)
+            PlannedFile(
+                self._workspace,
+                f"workspace/{name}",
+                status.st_size,
+                status.st_mtime_ns,
+                status.st_ino,
+            )
         )
 
     def _left_out(self, name: str, link: Path | None) -> bool:
@@ -704,15 +906,12 @@ class _Tree:
 def secret_part(name: str) -> str:
     """The pattern of SECRET_NAMES that some component of `name` matches, or an empty string."""
     for component in name.casefold().split("/"):
-        if match := _secret_pattern(component):
-            return match
+        if match := _SECRETS.match(component):
+            return SECRET_NAMES[(match.lastindex or 1) - 1]
     return ""
 
 
-@functools.lru_cache(maxsize=4096)
-def _secret_pattern(component: str) -> str:
-    matches = (name for name in SECRET_NAMES if fnmatch.fnmatchcase(component, name))
-    return next(matches, "")
+_SECRETS = re.compile("|".join(f"({fnmatch.translate(name)})" for name in SECRET_NAMES))
 
 
 def excluded_by(name: str, pattern: str) -> bool:
@@ -730,13 +929,13 @@ def excluded_by(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern) for path in paths)
 
 
-def _mode(entry: os.DirEntry[str]) -> int:
-    """The mode of a file, or of what a link leads to; 0 for a link that leads nowhere."""
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """The status of a file, or of what a link leads to; None for a link that leads nowhere."""
     try:
-        return entry.stat().st_mode
+        return entry.stat()
     except OSError as error:
         if entry.is_symlink() and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return 0
+            return None
         raise
 
 
@@ -1246,20 +1445,28 @@ def _safe_name(info: tarfile.TarInfo, path: Path) -> str:
 
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE) or info.issparse():
         refuse("is neither a regular file nor a folder")
+    if reason := unsafe_name(info.name):
+        refuse(reason)
     parts = [part for part in info.name.split("/") if part not in ("", ".")]
-    if info.name.startswith("/") or ".." in parts or "\0" in info.name:
-        refuse("points outside the destination")
-    if os.name == "nt" and re.search(r'[\\:*?"<>|]|[ .](/|$)', info.name):
-        refuse("is no file name on Windows")
     if not parts and not info.isdir():
         refuse("has no name")
     if info.size < 0 or not abs(info.mtime) < MAX_MTIME:
         refuse("has an impossible size or time")
-    if len(os.fsencode(info.name)) > 4096 or any(len(os.fsencode(part)) > 255 for part in parts):
-        refuse("has too long a name")
-    if parts and re.fullmatch(r"\..*\.[0-9a-f]{12}\.part", parts[-1], re.DOTALL):
-        refuse("is an unfinished file")
     return "/".join(parts)
+
+
+def unsafe_name(name: str) -> str:
+    """Why a relative path from elsewhere must not become a file's name here; empty: it may."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if name.startswith("/") or ".." in parts or "\0" in name:
+        return "points outside the destination"
+    if os.name == "nt" and re.search(r'[\\:*?"<>|]|[ .](/|$)', name):
+        return "is no file name on Windows"
+    if len(os.fsencode(name)) > 4096 or any(len(os.fsencode(part)) > 255 for part in parts):
+        return "has too long a name"
+    if parts and re.fullmatch(r"\..*\.[0-9a-f]{12}\.part", parts[-1], re.DOTALL):
+        return "is an unfinished file"
+    return ""
 
 
 def folded(name: str) -> str:
@@ -1385,874 +1592,13 @@ def _write_members(
             target.write(member, blocks, progress.advance)
 
 
-# ── stores and lanes: where segments can be put and got ──────────────────────────────────────────
-
-
-class FileInfo(NamedTuple):
-    """A file or folder in a store; size in bytes, mtime in seconds since 1970."""
-
-    path: str
-    size: int
-    mtime: int
-    is_folder: bool
-
-
-class Segment(NamedTuple):
-    """The bytes at offset `number * SEGMENT_BYTES` of a file."""
-
-    number: int
-    data: bytes | bytearray
-
-
-class Span(NamedTuple):
-    """A wanted piece: which one, and how many bytes."""
-
-    number: int
-    length: int
-
-
-class Lane(Protocol):
-    """One of several parallel ways into one file of a store."""
-
-    def send(
-        self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
-    ) -> None:
-        """Write `segments`; call `arrived(index)` once the store has confirmed one."""
-
-    def receive(self, spans: Iterable[Span], sink: Sink, advance: Advance) -> None:
-        """Read `spans` into `sink`, piece by piece."""
-
-    def close(self) -> None:
-        """Give the lane up, without a word."""
-
-
-class Sink(Protocol):
-    """Takes what a lane receives; called from several threads."""
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Bytes of the file from `offset` on."""
-
-    def arrived(self, index: int) -> None:
-        """All bytes of a segment were written."""
-
-
-class ContentCheck(Protocol):
-    """Finds out the SHA-256 of a stored file, while it is still being written where possible."""
-
-    how: str
-
-    def ready(self, segments: int) -> None:
-        """The first `segments` segments have arrived."""
-
-    def result(self, size: int) -> str:
-        """The SHA-256 of the whole file, of `size` bytes, as it is stored."""
-
-    def abandon(self) -> None:
-        """Nobody will ask for the result."""
-
-
-class Store(ABC):
-    """A place that holds files: this machine's folders, or a server's.
-
-    Transports know bytes and paths; what the files mean is the business of the service classes.
-    """
-
-    name: str
-    send_lanes = 1
-    receive_lanes = 1
-
-    @abstractmethod
-    def infos(self, *paths: str) -> list[FileInfo | None]:
-        """What is at each path, asked for in one round trip; None: nothing."""
-
-    def info(self, path: str) -> FileInfo | None:
-        """What is at `path`; None: nothing."""
-        return self.infos(path)[0]
-
-    @abstractmethod
-    def entries(self, folder: str) -> list[FileInfo]:
-        """The content of a folder, unsorted."""
-
-    @abstractmethod
-    def make_folder(self, folder: str) -> None:
-        """Make a folder and those above it."""
-
-    @abstractmethod
-    def free_bytes(self, folder: str) -> int | None:
-        """Free bytes in a folder; None: it cannot be known."""
-
-    @abstractmethod
-    def lane(self, path: str, writing: bool) -> Lane:
-        """Open a lane into `path`, which is created for writing but never shortened."""
-
-    @abstractmethod
-    def digests(self, path: str, size: int) -> list[str]:
-        """The SHA-256 of each segment of a stored file of `size` bytes."""
-
-    @property
-    def can_hash(self) -> bool:
-        """Whether the store computes SHA-256 itself, without sending the content."""
-        return True
-
-    @abstractmethod
-    def check(self, path: str, growing: bool = False) -> ContentCheck:
-        """A check of the stored content; `growing`: of a file that is about to be sent."""
-
-    @abstractmethod
-    def truncate(self, path: str, size: int) -> None:
-        """Cut a file to `size` bytes."""
-
-    @abstractmethod
-    def replace(self, part: str, target: str) -> None:
-        """Rename `part` to `target`, replacing what was there."""
-
-    @abstractmethod
-    def unpack(self, archive: str) -> None:
-        """Unpack a .tar.gz next to where it is, and compare its manifest."""
-
-    def require_unpacking(self) -> None:
-        """Raise AccessError when `unpack` cannot work here."""
-
-    def get_ready(self, lanes: int) -> None:
-        """A transfer over `lanes` lanes follows: start in the background what it will need."""
-
-    def close(self) -> None:
-        """Release the connection."""
-
-    def find(self, pattern: str) -> list[FileInfo]:
-        """The files and folders that match a path or a glob, sorted by path."""
-        info = self.info(pattern)
-        if info or not glob.has_magic(pattern):
-            return [info] if info else []
-        folder, name = posixpath.split(pattern.rstrip("/"))
-        parents = self.find(folder) if glob.has_magic(folder) else [self.info(folder or ".")]
-        found = [
-            entry
-            for parent in parents
-            if parent and parent.is_folder
-            for entry in self.entries(parent.path if folder else ".")
-            if fnmatch.fnmatchcase(_base(entry), name)
-            and (name.startswith(".") or not _base(entry).startswith("."))
-        ]
-        return sorted(found)
-
-
-def _base(info: FileInfo) -> str:
-    return posixpath.basename(info.path)
-
-
-class LocalStore(Store):
-    """Folders of this machine: a mounted disk, Paperspace's /storage, a network file system."""
-
-    name = "this machine"
-
-    def infos(self, *paths: str) -> list[FileInfo | None]:
-        return [self._look(path) for path in paths]
-
-    @staticmethod
-    def _look(path: str) -> FileInfo | None:
-        with local_errors(path):
-            try:
-                status = os.stat(path)
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-        return FileInfo(path, status.st_size, int(status.st_mtime), stat.S_ISDIR(status.st_mode))
-
-    def entries(self, folder: str) -> list[FileInfo]:
-        with local_errors(folder):
-            names = os.listdir(folder)
-        infos = (self.info(posixpath.join(folder, name)) for name in names)
-        return [info for info in infos if info is not None]
-
-    def make_folder(self, folder: str) -> None:
-        with local_errors(folder):
-            os.makedirs(folder, exist_ok=True)
-
-    def free_bytes(self, folder: str) -> int | None:
-        return free_space(Path(folder))
-
-    def lane(self, path: str, writing: bool) -> Lane:
-        return _LocalLane(path, writing)
-
-    def digests(self, path: str, size: int) -> list[str]:
-        with local_errors(path), open(path, "rb") as stream:
-            return [hashlib.sha256(data).hexdigest() for data in read_blocks(stream, SEGMENT_BYTES)]
-
-    def check(self, path: str, growing: bool = False) -> ContentCheck:
-        return _LocalCheck(path)
-
-    def truncate(self, path: str, size: int) -> None:
-        with local_errors(path):
-            os.truncate(path, size)
-
-    def replace(self, part: str, target: str) -> None:
-        with local_errors(target):
-            os.replace(part, target)
-
-    def unpack(self, archive: str) -> None:
-        extract_archive(archive, posixpath.dirname(archive) or ".")
-
-
-class _LocalLane:
-    def __init__(self, path: str, writing: bool) -> None:
-        self._path = path
-        with local_errors(path):
-            self._stream = open_for_update(path) if writing else open(path, "rb", buffering=0)
-        if writing:
-            lock_part(self._stream, Path(path))
-
-    def send(
-        self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
-    ) -> None:
-        for index, data in segments:
-            with local_errors(self._path):
-                self._stream.seek(index * SEGMENT_BYTES)
-                write_all(self._stream, data)
-            advance(len(data))
-            arrived(index)
-
-    def receive(self, spans: Iterable[Span], sink: Sink, advance: Advance) -> None:
-        for index, length in spans:
-            with local_errors(self._path):
-                self._stream.seek(index * SEGMENT_BYTES)
-                data = self._stream.read(length)
-            require_length(data, length, self._path)
-            sink.write(index * SEGMENT_BYTES, data)
-            advance(length)
-            sink.arrived(index)
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-def require_length(data: bytes, length: int, path: str) -> None:
-    """Raise IntegrityError when less came than the file had at first."""
-    if len(data) != length:
-        raise IntegrityError(f"{printable(path)} became shorter while it was read")
-
-
-class _LocalCheck:
-    """Reads the file again, past the page cache where the system allows it."""
-
-    how = "SHA-256 of the file, read again"
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def ready(self, segments: int) -> None:
-        """A second reading makes sense only after the last write."""
-
-    def abandon(self) -> None:
-        """Nothing has started yet."""
-
-    def result(self, size: int) -> str:
-        with local_errors(self._path), open(self._path, "rb") as stream:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return file_sha256(Path(self._path))
-
-
-# ── moving segments: in parallel, resumable, verified ────────────────────────────────────────────
-
-
-class Moved(NamedTuple):
-    """A file that arrived: its size, the bytes moved in this run, its SHA-256, and the check."""
-
-    size: int
-    moved: int
-    sha256: str
-    check: str
-
-
-class Source(Protocol):
-    """What can be sent: its bytes can be read from the start as often as it takes."""
-
-    @property
-    def total(self) -> int:
-        """Bytes the progress counts up to."""
-
-    @property
-    def size(self) -> int | None:
-        """Bytes that will arrive; None: only known at the end."""
-
-    @property
-    def part_name(self) -> str:
-        """The hidden name it has until it is complete, the same in every run."""
-
-    def segments(self, progress: Progress) -> Iterator[bytes]:
-        """All of it, in blocks of SEGMENT_BYTES; only the last may be shorter."""
-
-
-class FileSource:
-    """A file of this machine. It must not change while it is sent."""
-
-    def __init__(self, path: Path, name: str = "") -> None:
-        self.path = path
-        with local_errors(path):
-            self._status = os.stat(path)
-        if not stat.S_ISREG(self._status.st_mode):
-            raise UsageError(f"{printable(path)} is not a regular file")
-        self.total = self.size = self._status.st_size
-        self.part_name = name or part_name(path.name, f"{socket.gethostname()}:{path.resolve()}")
-
-    def segments(self, progress: Progress) -> Iterator[bytes]:
-        with local_errors(self.path), open(self.path, "rb") as stream:
-            yield from read_blocks(stream, SEGMENT_BYTES)
-            now = os.fstat(stream.fileno())
-        if (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns):
-            raise IntegrityError(f"{printable(self.path)} changed while it was sent")
-
-
-class PackSource:
-    """A plan, packed while it is sent; packing it again gives the same bytes, so it can resume."""
-
-    size = None
-
-    def __init__(self, plan: Plan, stem: str) -> None:
-        self._plan = plan
-        self.packed: Packed | None = None
-        self.total = plan.total_bytes
-        self.part_name = part_name(stem, f"{socket.gethostname()}:{plan.workspace.resolve()}")
-
-    def segments(self, progress: Progress) -> Iterator[bytes]:
-        cutter = _Cutter()
-        thread = threading.Thread(target=self._produce, args=(cutter, progress), daemon=True)
-        thread.start()
-        try:
-            yield from cutter.blocks()
-        finally:
-            cutter.abandon()
-            thread.join()
-
-    def _produce(self, cutter: _Cutter, progress: Progress) -> None:
-        try:
-            self.packed = pack(self._plan, cutter.write, progress)
-            cutter.finish(None)
-        except BaseException as error:
-            cutter.finish(error)
-
-
-class _Cutter:
-    """Hands what one thread writes to another one, in blocks of SEGMENT_BYTES, a few at a time."""
-
-    def __init__(self) -> None:
-        self._queue: queue.Queue[bytes | BaseException | None] = queue.Queue(maxsize=2)
-        self._buffer = bytearray()
-        self._abandoned = threading.Event()
-
-    def write(self, data: bytes) -> None:
-        self._buffer += data
-        while len(self._buffer) >= SEGMENT_BYTES:
-            self._put(bytes(memoryview(self._buffer)[:SEGMENT_BYTES]))
-            del self._buffer[:SEGMENT_BYTES]
-
-    def finish(self, error: BaseException | None) -> None:
-        if error is None and self._buffer:
-            self._put(bytes(self._buffer))
-        self._put(error)
-
-    def _put(self, item: bytes | BaseException | None) -> None:
-        while not self._abandoned.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=0.1)
-                return
-        if isinstance(item, bytes):
-            raise TransferError("nobody takes the packed bytes any more")
-
-    def blocks(self) -> Iterator[bytes]:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def abandon(self) -> None:
-        self._abandoned.set()
-
-
-class _Watermark:
-    """Segments finish in any order; tells how many are complete from the start, without a gap."""
-
-    def __init__(self, reached: Callable[[int], None]) -> None:
-        self._reached = reached
-        self._beyond: set[int] = set()
-        self._count = 0
-        self._lock = threading.Lock()
-
-    def done(self, index: int) -> None:
-        with self._lock:
-            self._beyond.add(index)
-            before = self._count
-            while self._count in self._beyond:
-                self._beyond.remove(self._count)
-                self._count += 1
-            if self._count > before:
-                self._reached(self._count)
-
-
-class _SharedJobs(Iterator[T]):
-    """One iterator for several threads, which any of them can stop."""
-
-    def __init__(self, jobs: Iterable[T]) -> None:
-        self._jobs = iter(jobs)
-        self._lock = threading.Lock()
-        self.stopped = False
-
-    def __next__(self) -> T:
-        with self._lock:
-            if self.stopped:
-                raise StopIteration
-            return next(self._jobs)
-
-
-def run_lanes(
-    open_lane: Callable[[], Lane],
-    count: int,
-    jobs: Iterable[T],
-    work: Callable[[Lane, Iterator[T]], None],
-) -> None:
-    """Let up to `count` lanes work off `jobs`; raise the first error, after all have stopped.
-
-    A server may allow fewer sessions than asked for: what opens is used, one is enough.
-    """
-    shared = _SharedJobs(jobs)
-    errors: list[BaseException] = []
-    refusals: list[NoMoreSessionsError] = []
-
-    def run() -> None:
-        try:
-            try:
-                lane = open_lane()
-            except NoMoreSessionsError as error:
-                refusals.append(error)
-                return
-            with contextlib.closing(lane):
-                work(lane, shared)
-        except BaseException as error:
-            errors.append(error)
-            shared.stopped = True
-
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    finally:
-        shared.stopped = True
-    if errors:
-        raise errors[0]
-    if refusals and len(refusals) == count:
-        raise refusals[0]
-
-
-class NoMoreSessionsError(TransferError):
-    """The server opens no further channel on this connection."""
-
-
-class _Outgoing(Iterator[Segment]):
-    """Cuts a source into segments, hashes all of it, and skips what the destination holds."""
-
-    def __init__(
-        self, blocks: Iterator[bytes], held: list[str], check: ContentCheck, advance: Advance
-    ) -> None:
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-        self.skipped = 0
-        self._blocks = enumerate(blocks)
-        self._held = held
-        self._advance = advance
-        self._watermark = _Watermark(check.ready)
-        self.arrived = self._watermark.done
-
-    def __next__(self) -> Segment:
-        while True:
-            index, data = next(self._blocks)
-            self.sha256.update(data)
-            self.size += len(data)
-            if index >= len(self._held) or hashlib.sha256(data).hexdigest() != self._held[index]:
-                return Segment(index, data)
-            self.skipped += len(data)
-            self._advance(len(data))
-            self.arrived(index)
-
-
-def send_segments(
-    store: Store, source: Source, part: str, held_bytes: int, progress: Progress
-) -> Moved:
-    """Make `part` hold exactly the source's bytes, moving only segments it does not hold yet.
-
-    It holds `held_bytes` bytes, right or wrong, from a run before. Raises IntegrityError when the
-    stored content differs in the end.
-    """
-    held = store.digests(part, held_bytes) if held_bytes else []
-    check = store.check(part, growing=True)
-    advance: Advance = progress.advance if source.size is not None else lambda count: None
-    if source.size is not None:
-        progress.begin("sending", source.total)
-    enough = store.send_lanes if source.size is None else max(1, len(spans(source.size)))
-    blocks = source.segments(progress)
-    outgoing = _Outgoing(blocks, held, check, advance)
-    try:
-        run_lanes(
-            lambda: store.lane(part, writing=True), min(store.send_lanes, enough), outgoing,
-            lambda lane, jobs: lane.send(jobs, outgoing.arrived, advance),
-        )  # fmt: skip
-        if held_bytes > outgoing.size:
-            store.truncate(part, outgoing.size)
-    except BaseException:
-        check.abandon()
-        raise
-    finally:
-        progress.end()
-        with contextlib.suppress(ValueError):  # a lane is still inside it: we were interrupted
-            blocks.close()  # type: ignore[attr-defined]  # sources are generators
-    digest = outgoing.sha256.hexdigest()
-    how = _compare(store, check, part, outgoing.size, digest)
-    return Moved(outgoing.size, outgoing.size - outgoing.skipped, digest, how)
-
-
-def _compare(store: Store, check: ContentCheck, path: str, size: int, digest: str) -> str:
-    """Compare what is stored with what was sent; say how."""
-    if check.result(size) != digest:
-        raise IntegrityError(
-            f"{printable(path)} on {store.name} does not hold what was sent",
-            "run the same command again: only the damaged segments are sent",
-        )
-    return check.how
-
-
-class ReadBack:
-    """The check for a server that runs no commands: fetch what it holds and hash it here."""
-
-    how = "SHA-256 of the content read back, as the server runs no commands"
-
-    def __init__(self, store: Store, path: str) -> None:
-        self._store, self._path = store, path
-        self._whole = hashlib.sha256()
-        self._segments: dict[int, str] = {}
-        self._pieces: dict[int, dict[int, bytes]] = {}
-        self._watermark = _Watermark(self._hash_up_to)
-        self._hashed = 0
-
-    def ready(self, segments: int) -> None:
-        """Reading starts when everything is there."""
-
-    def abandon(self) -> None:
-        """Nothing has started yet."""
-
-    def result(self, size: int) -> str:
-        self.digests(size)
-        return self._whole.hexdigest()
-
-    def digests(self, size: int) -> list[str]:
-        """The SHA-256 of each segment."""
-        with contextlib.closing(self._store.lane(self._path, writing=False)) as lane:
-            lane.receive(iter(spans(size)), self, lambda count: None)
-        return [self._segments[index] for index in sorted(self._segments)]
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        self._pieces.setdefault(offset // SEGMENT_BYTES, {})[offset] = bytes(data)
-
-    def arrived(self, index: int) -> None:
-        self._watermark.done(index)
-
-    def _hash_up_to(self, count: int) -> None:
-        for index in range(self._hashed, count):
-            data = b"".join(piece for _, piece in sorted(self._pieces.pop(index).items()))
-            self._segments[index] = hashlib.sha256(data).hexdigest()
-            self._whole.update(data)
-        self._hashed = count
-
-
-def spans(size: int) -> list[Span]:
-    """The segments of a file of `size` bytes."""
-    starts = range(0, size, SEGMENT_BYTES)
-    return [Span(i, min(SEGMENT_BYTES, size - start)) for i, start in enumerate(starts)]
-
-
-class _Incoming:
-    """A file that arrives segment by segment, and a journal of those that did.
-
-    The journal names the remote file's size and time, then one segment a line, and is void for any
-    other remote file. A noted segment counts when it still hashes like the server's or, where the
-    server computes no hashes, like the digest noted with it.
-    """
-
-    def __init__(self, part: Path, remote: FileInfo, store: Store) -> None:
-        self.part, self._remote = part, remote
-        self._journal_path = part.with_name(part.name + ".journal")
-        self._note_digests = not store.can_hash
-        self._lock = threading.Lock()
-        self._complete: queue.Queue[int | None] = queue.Queue()
-        self._watermark = _Watermark(self._complete.put)
-        with local_errors(part):
-            self._stream = open_for_update(part)
-            try:
-                lock_part(self._stream, part)
-                self.held = self._verified(store)
-                self._stream.truncate(remote.size)
-                self._journal = open(self._journal_path, "w", encoding="ascii")
-            except BaseException:
-                self._stream.close()
-                raise
-        self._note(self._header, *(f"{index} {digest}" for index, digest in self.held.items()))
-        self._hasher = in_background(self._hash_file)
-
-    @property
-    def _header(self) -> str:
-        return f"{self._remote.size} {self._remote.mtime} {SEGMENT_BYTES}"
-
-    def _note(self, *lines: str) -> None:
-        self._journal.write("".join(f"{line}\n" for line in lines))
-        self._journal.flush()
-
-    def _verified(self, store: Store) -> dict[int, str]:
-        """The noted segments that are still right, with the digests noted for them."""
-        noted = self._noted()
-        if not noted:
-            return {}
-        theirs = noted
-        if store.can_hash:
-            digests = store.digests(self._remote.path, (max(noted) + 1) * SEGMENT_BYTES)
-            theirs = dict(enumerate(digests))
-        ours = enumerate(LocalStore().digests(str(self.part), self._remote.size))
-        return {i: noted[i] for i, digest in ours if i in noted and theirs.get(i) == digest}
-
-    def _noted(self) -> dict[int, str]:
-        with contextlib.suppress(FileNotFoundError):
-            text = self._journal_path.read_text(encoding="ascii", errors="replace")
-            if text.startswith(self._header + "\n"):
-                lines = re.findall(r"(?m)^(\d{1,9}) (\S+)\n", text)
-                count = len(spans(self._remote.size))
-                return {int(i): digest for i, digest in lines if int(i) < count}
-        return {}
-
-    def count_held(self) -> None:
-        """Hash what is there already, as far as it is complete from the start."""
-        for index in sorted(self.held):
-            self._watermark.done(index)
-
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        with local_errors(self.part), self._lock:
-            self._stream.seek(offset)
-            write_all(self._stream, data)
-
-    def arrived(self, index: int) -> None:
-        with local_errors(self.part), self._lock:
-            self._note(f"{index} {self._digest(index) if self._note_digests else '-'}")
-        self._watermark.done(index)
-
-    def _digest(self, index: int) -> str:
-        self._stream.seek(index * SEGMENT_BYTES)
-        return hashlib.sha256(self._stream.read(SEGMENT_BYTES)).hexdigest()
-
-    def _hash_file(self) -> str:
-        """Hash the file as it is on the disk, as far as it is complete; meanwhile write it out."""
-        digest, buffer, hashed = hashlib.sha256(), bytearray(SEGMENT_BYTES), 0
-        with open(self.part, "rb", buffering=0) as stream:
-            while (count := self._complete.get()) is not None:
-                for number in range(hashed, count):
-                    length = stream.readinto(buffer)
-                    digest.update(memoryview(buffer)[:length])
-                    if number % FLUSH_SEGMENTS == FLUSH_SEGMENTS - 1:
-                        self._start_writing_out(number + 1 - FLUSH_SEGMENTS)
-                hashed = max(hashed, count)
-        if hashed < len(spans(self._remote.size)):
-            raise TransferError(f"a segment of {printable(self.part)} did not arrive", SAME_COMMAND)
-        return digest.hexdigest()
-
-    def _start_writing_out(self, first: int) -> None:
-        """Send segments on their way to the disk, so that the last fsync has little left.
-
-        Linux starts to write dirty pages that are not needed any more, and waits for nothing; an
-        fsync here would wait for the file system's journal as well.
-        """
-        if hasattr(os, "posix_fadvise"):
-            start, length = first * SEGMENT_BYTES, FLUSH_SEGMENTS * SEGMENT_BYTES
-            os.posix_fadvise(self._stream.fileno(), start, length, os.POSIX_FADV_DONTNEED)
-
-    def digest(self) -> str:
-        """The SHA-256 of the file, once everything has arrived."""
-        self._complete.put(None)
-        with local_errors(self.part):
-            digest: str = self._hasher.result()
-        return digest
-
-    def close(self) -> None:
-        """Bring everything to the disk, and end the thread that hashes."""
-        self._complete.put(None)
-        with local_errors(self.part), self._stream, self._journal:
-            os.fsync(self._stream.fileno())
-
-    def forget_journal(self) -> None:
-        """The file is complete, or worth nothing."""
-        self._journal_path.unlink(missing_ok=True)
-
-
-def fetch_segments(store: Store, remote: FileInfo, part: Path, progress: Progress) -> Moved:
-    """Make `part` hold exactly the remote file's bytes, fetching only segments it lacks.
-
-    Raises IntegrityError when the content differs from the server's in the end.
-    """
-    incoming = _Incoming(part, remote, store)
-    wanted = [span for span in spans(remote.size) if span.number not in incoming.held]
-    moved = sum(span.length for span in wanted)
-    check = store.check(remote.path)
-    progress.begin("fetching", remote.size)
-    progress.advance(remote.size - moved)
-    try:
-        incoming.count_held()
-        run_lanes(
-            lambda: store.lane(remote.path, writing=False),
-            min(store.receive_lanes, len(wanted)), wanted,
-            lambda lane, jobs: lane.receive(jobs, incoming, progress.advance),
-        )  # fmt: skip
-        digest = incoming.digest()
-    finally:
-        progress.end()
-        incoming.close()
-    try:
-        how = _check_fetched(store, check, remote, part, digest)
-    except IntegrityError:
-        part.unlink()
-        incoming.forget_journal()
-        raise
-    incoming.forget_journal()
-    return Moved(remote.size, moved, digest, how)
-
-
-def _check_fetched(
-    store: Store, check: ContentCheck, remote: FileInfo, part: Path, digest: str
-) -> str:
-    """Compare a fetched file with the server's, or with its own manifest; say how."""
-    if store.can_hash:
-        if check.result(remote.size) != digest:
-            raise IntegrityError(
-                f"{printable(remote.path)} changed on {store.name} while it was fetched",
-                "run the same command again: it starts anew",
-            )
-        return check.how
-    if remote.path.endswith(ARCHIVE_SUFFIXES) and verify_archive(part).manifest:
-        return "the archive's own manifest, as the server runs no commands"
-    return "its size only: the server runs no commands, and the file has no manifest"
-
-
-def deliver(
-    store: Store, source: Source, target: str, progress: Progress, send: Sender = send_segments
-) -> Moved:
-    """Bring `source` to the path `target` of the store: .part, content check, rename."""
-    store.get_ready(store.send_lanes)
-    folder = posixpath.dirname(target)
-    part = posixpath.join(folder, source.part_name)
-    existing, started, there = store.infos(target, part, folder or ".")
-    if existing and existing.is_folder:
-        raise UsageError(f"{printable(target)} on {store.name} is a folder")
-    if same := _already_there(store, source, existing):
-        return same
-    if not (there and there.is_folder):
-        store.make_folder(folder)
-    held = started.size if started else 0
-    missing = None if source.size is None else source.size - held
-    require_space(store.free_bytes(folder or "."), missing, f"{folder or '.'} on {store.name}")
-    try:
-        moved = send(store, source, part, held, progress)
-    except LinkLostError:
-        raise
-    except TransferError as error:
-        free = None
-        with contextlib.suppress(CloudError):  # asking must not hide what went wrong
-            free = store.free_bytes(folder or ".")
-        if free is not None and free < SEGMENT_BYTES and not isinstance(error, DiskFullError):
-            raise DiskFullError(
-                f"the disk of {store.name} is full: {printable(folder)}",
-                "free some space there, then " + SAME_COMMAND,
-            ) from error
-        raise
-    store.replace(part, target)
-    return moved
-
-
-def _already_there(store: Store, source: Source, existing: FileInfo | None) -> Moved | None:
-    """The stored file as an arrived one, when it has the source's size and content."""
-    if (
-        existing is None
-        or not isinstance(source, FileSource)
-        or existing.size != source.size
-        or not store.can_hash
-    ):
-        return None
-    check = store.check(existing.path)
-    digest = file_sha256(source.path)
-    return (
-        Moved(existing.size, 0, digest, check.how)
-        if check.result(existing.size) == digest
-        else None
-    )
-
-
-def collect(
-    store: Store,
-    remote: FileInfo,
-    folder: Path,
-    progress: Progress,
-    fetch: Fetcher = fetch_segments,
-) -> Moved:
-    """Bring a remote file into the local `folder`: .part, content check, rename.
-
-    A file that is already there with the same content is left as it is.
-    """
-    store.get_ready(store.receive_lanes)
-    name = _base(remote)
-    target = folder / name
-    with local_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            raise UsageError(f"{printable(target)} is a folder", "name another --local-path")
-    if same := _already_here(store, remote, target):
-        return same
-    part = folder / part_name(name)
-    have = part.stat().st_blocks * 512 if part.exists() and hasattr(os, "statvfs") else 0
-    require_space(free_space(folder), remote.size - have, folder)
-    moved = fetch(store, remote, part, progress)
-    with local_errors(target):
-        os.replace(part, target)
-    return moved
-
-
-def _already_here(store: Store, remote: FileInfo, target: Path) -> Moved | None:
-    """The local file as an arrived one, when it has the server's size and content."""
-    if not target.is_file() or target.stat().st_size != remote.size or not store.can_hash:
-        return None
-    check = store.check(remote.path)
-    digest = file_sha256(target)
-    return Moved(remote.size, 0, digest, check.how) if check.result(remote.size) == digest else None
-
-
-Sender = Callable[[Store, Source, str, int, Progress], Moved]
-Fetcher = Callable[[Store, FileInfo, Path, Progress], Moved]
-
-
-def open_store(settings: SSHSettings, method: str) -> Store:
-    """The store that a method talks to: a mounted folder, or a server over SSH."""
-    if method not in METHODS:
-        raise UsageError(f"{printable(method)!r} is no method", f"use one of {', '.join(METHODS)}")
-    if method == "local":
-        return LocalStore()
-    from ssh_transport import connect
-
-    return connect(settings)
-
-
-def movers(method: str) -> tuple[Sender, Fetcher]:
-    """How a method moves one file there, and one back."""
-    if method != "rsync":
-        return send_segments, fetch_segments
-    from ssh_transport import rsync_fetch, rsync_send
-
-    return rsync_send, rsync_fetch
-
-
 # ── Paperspace ───────────────────────────────────────────────────────────────────────────────────
+
+if TYPE_CHECKING:
+    from transfers import Fetcher, FileInfo, Moved, Sender, Source, Store
+
+SATELLITES = ("transfers", "ssh_transport", "hf_transport", "hub_cards")
+"""Modules beside this one, imported by the methods that need them."""
 
 
 def list_hint(path: str) -> str:
@@ -2348,6 +1694,8 @@ class _Paperspace:
     list_files = list_paperspace_files
 
     def _session(self, method: str) -> contextlib.closing[_Session]:
+        from transfers import open_store
+
         return contextlib.closing(_Session(lambda: open_store(self.settings, method)))
 
     @staticmethod
@@ -2404,6 +1752,8 @@ class PaperspaceUploader(_Paperspace):
         `self.settings.path`, or under that very name when it ends in .tar.gz. With `extract` it is
         unpacked there. An interrupted upload continues when it is called again.
         """
+        from transfers import PackSource, movers
+
         started = time.monotonic()
         if archive is None:
             archive = self.plan_training()
@@ -2429,6 +1779,8 @@ class PaperspaceUploader(_Paperspace):
     def _source(
         self, archive: str | Path | Plan, method: str, stack: contextlib.ExitStack
     ) -> Source:
+        from transfers import FileSource, PackSource
+
         if not isinstance(archive, Plan):
             return FileSource(Path(archive))
         if method != "rsync":
@@ -2454,6 +1806,8 @@ class PaperspaceUploader(_Paperspace):
     def _upload(
         self, store: Store, source: Source, target: str, send: Sender, extract: bool
     ) -> Moved:
+        from transfers import deliver
+
         if extract:
             store.require_unpacking()
         return deliver(store, source, target, self.progress, send)
@@ -2463,10 +1817,10 @@ def _require_own_names(matches: Sequence[FileInfo]) -> None:
     """Matches in several folders may share a name; here one would replace the other."""
     seen: set[str] = set()
     for match in matches:
-        name = folded(_base(match))
+        name = folded(match.name)
         if name in seen:
             raise UsageError(
-                f"several matches are called {printable(_base(match))}; one would replace another",
+                f"several matches are called {printable(match.name)}; one would replace another",
                 "fetch them one by one, each with its own --local-path",
             )
         seen.add(name)
@@ -2508,6 +1862,8 @@ class PaperspaceDownloader(_Paperspace):
         One that fails does not stop the others, but makes the result false; when it is the only
         one, its error is raised.
         """
+        from transfers import movers
+
         where = self._remote_path(remote, method)
         _, fetch = movers(method)
         files: list[TransferResult] = []
@@ -2546,15 +1902,525 @@ class PaperspaceDownloader(_Paperspace):
     def _download(
         self, session: _Session, remote: FileInfo, folder: Path, fetch: Fetcher, extract: bool
     ) -> TransferResult:
+        from transfers import collect
+
         started = time.monotonic()
         moved = session.run(lambda store: collect(store, remote, folder, self.progress, fetch))
-        target = folder / _base(remote)
+        target = folder / remote.name
         if extract:
             extract_archive(target, folder, self.progress)
         return TransferResult(
             remote.path, str(target), moved.size, moved.moved, time.monotonic() - started,
             moved.sha256, moved.check, extracted=str(folder) if extract else None,
         )  # fmt: skip
+
+
+# ── Hugging Face ─────────────────────────────────────────────────────────────────────────────────
+
+if TYPE_CHECKING:
+    from hf_transport import Download, HubRepo, RemoteFile, Step, Upload, UploadPlan
+
+FEATURES_FOLDER, SCALERS_FOLDER = "prepared/features", "prepared/scalers"
+ANALYSIS_FILES = (
+    "feature_statistics.csv", "feature_importance.csv", "outliers_analysis.csv",
+    "feature_by_class_statistics.csv", "feature_analysis_report.html",
+)  # fmt: skip
+ANALYSIS_FOLDERS = ("plots/distributions", "plots/by_class")
+
+
+@dataclasses.dataclass(frozen=True)
+class HubKind:
+    """One kind of data on the Hub: the folders it owns there, and where they belong here.
+
+    `places` maps a folder of the repository to one below the local folder; it is the layout that
+    existing repositories have.
+    """
+
+    name: str
+    title: str
+    places: tuple[tuple[str, str], ...]
+
+    def local_name(self, path: str) -> str | None:
+        """Where a file of the repository goes below the local folder; None: not of this kind."""
+        for remote, local in self.places:
+            if path.startswith(remote):
+                return local + path.removeprefix(remote)
+        return None
+
+
+HUB_TICKS = HubKind("ticks", "Tick data", (("ticks/", ""),))
+HUB_TRAINING = HubKind("training", "Training data", (("workspace/", ""),))
+HUB_FEATURES = HubKind("features", "Feature analysis", (("analysis-of-features/", ""),))
+HUB_RESULTS = HubKind(
+    "results", "Models, metrics and scalers",
+    (("workspace/models/", "models/"), ("workspace/prepared/scalers/", "prepared/scalers/")),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class HubUploadResult:
+    """What an upload found and did; `commit` is where it can be seen."""
+
+    repo_id: str
+    url: str
+    commit: str
+    steps: tuple[Step, ...]
+    commits: int = 0
+    sent_files: int = 0
+    sent_bytes: int = 0
+    deleted: int = 0
+    left_out: tuple[LeftOut, ...] = ()
+    dry_run: bool = False
+    seconds: float = 0.0
+
+    def __bool__(self) -> bool:
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class HubDownloadResult:
+    """What a download found and did; true when everything is here as it is on the Hub."""
+
+    repo_id: str
+    commit: str
+    local_dir: Path
+    steps: tuple[Step, ...]
+    fetched_files: int = 0
+    moved: int = 0
+    """Bytes of this run alone."""
+    failures: tuple[str, ...] = ()
+    dry_run: bool = False
+    seconds: float = 0.0
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+
+class _HuggingFace:
+    """What uploads and downloads share: one repository, and the digests of local files."""
+
+    def __init__(
+        self, repo_id: str, token: str | None, repo_type: str, revision: str | None,
+        progress: Progress | None, settings: dict[str, Any],
+    ) -> None:  # fmt: skip
+        from hf_transport import HubRepo
+
+        self.settings = HubSettings.resolve(
+            repo_id=repo_id, token=token, repo_type=repo_type, revision=revision, **settings
+        )
+        self.progress = progress or Progress()
+        self._repo: HubRepo = HubRepo(self.settings)
+
+    @contextlib.contextmanager
+    def _hashes(self) -> Iterator[HashCache]:
+        hashes = HashCache()
+        try:
+            yield hashes
+        finally:
+            hashes.close()
+
+
+class _Seen(NamedTuple):
+    """A repository at one commit."""
+
+    commit: str
+    files: Mapping[str, RemoteFile]
+
+
+class HuggingFaceUploader(_HuggingFace):
+    """Brings ticks, training data, feature analyses and results to a repository on the Hub.
+
+    Each upload is a plan, then commits of what is new or changed, then a comparison of every file.
+    Killed anywhere, the same call continues. Asks nothing, prints nothing; failures are
+    CloudErrors.
+    """
+
+    def __init__(
+        self, repo_id: str, token: str | None = None, *, repo_type: str = "dataset",
+        revision: str | None = None, private: bool | None = None, create: bool = True,
+        tag: str | None = None, exclude: Sequence[str] = (), delete: bool = False,
+        parquet: bool = False, card: bool = True, dry_run: bool = False,
+        workspace: str | Path = "workspace", progress: Progress | None = None,
+        approve: Callable[[UploadPlan], None] | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
+        """Nothing is asked of the Hub yet.
+
+        private: None makes a missing repository a private one. delete: remove files there that are
+        gone here. approve: sees the plan before anything is sent, and may raise RefusedError.
+        settings: fields of HubSettings (endpoint, timeout). Raises MissingPackageError, UsageError.
+        """
+        if importlib.util.find_spec("huggingface_hub") is None:
+            need("huggingface_hub")
+        super().__init__(repo_id, token, repo_type, revision, progress, settings)
+        self.private, self.create, self.tag = private, create, tag
+        self.exclude, self.delete, self.parquet = tuple(exclude), delete, parquet
+        self.card, self.dry_run = card, dry_run
+        self.workspace = Path(workspace)
+        self._approve = approve
+
+    def upload_hf_ticks(
+        self, ticks_dir: str | Path = "workspace/raw_data/ticks",
+        commit_message: str = "Upload tick data",
+    ) -> HubUploadResult:  # fmt: skip
+        """Send the tick files below `ticks_dir` to the folder ticks/."""
+        looking = in_background(self._look)
+        plan = plan_folder(ticks_dir, "--ticks-dir", self.exclude)
+        suffix = self._table_suffix(plan)
+        configs = [("default", {"train": f"ticks/**/*{suffix}"})] if suffix else []
+        return self._upload(HUB_TICKS, plan, looking, "ticks/", commit_message, configs)
+
+    def upload_hf_training_data(
+        self, include_scalers: bool = True, include_cache: bool = False,
+        commit_message: str = "Upload training data",
+    ) -> HubUploadResult:  # fmt: skip
+        """Send the three feature files, and scalers and caches, to the folder workspace/."""
+        looking = in_background(self._look)
+        tree = _Tree(self.workspace, self.exclude)
+        for name in FEATURE_FILES:
+            tree.add_required(name)
+        if include_scalers and not tree.add_folder(SCALERS_FOLDER):
+            tree.left_out.append(LeftOut(f"workspace/{SCALERS_FOLDER}", "not there, or empty"))
+        if include_cache and not tree.add_folder(CACHE_FOLDER):
+            raise NotFoundError(
+                f"{printable(self.workspace / CACHE_FOLDER)} holds no files to include",
+                "fill the folder, or leave out --include-cache",
+            )
+        splits = zip(("train", "validation", "test"), FEATURE_FILES, strict=True)
+        configs = [("default", {split: f"workspace/{name}" for split, name in splits})]
+        folders = [FEATURES_FOLDER]
+        folders += [SCALERS_FOLDER] * include_scalers + [CACHE_FOLDER] * include_cache
+        return self._upload(
+            HUB_TRAINING, tree.plan(""), looking, "workspace/", commit_message, configs,
+            tuple(f"workspace/{folder}/" for folder in folders),
+        )  # fmt: skip
+
+    def upload_hf_feature_analysis(
+        self, analysis_dir: str | Path = "workspace/analysis-of-features",
+        commit_message: str = "Upload feature analysis results",
+    ) -> HubUploadResult:  # fmt: skip
+        """Send a feature analysis to the folder analysis-of-features/.
+
+        Expected files that are missing are warned about; when there is none, it is NotFoundError.
+        """
+        looking = in_background(self._look)
+        plan = plan_folder(analysis_dir, "--analysis-dir", self.exclude)
+        names = {file.below for file in plan.files}
+        _require_analysis(names, analysis_dir)
+        suffix = self._table_suffix(plan)
+        tables = sorted(name.removesuffix(".csv") for name in names if name.endswith(".csv"))
+        configs = [
+            (table.replace("/", "_"), {"train": f"analysis-of-features/{table}{suffix}"})
+            for table in tables
+        ]
+        return self._upload(
+            HUB_FEATURES, plan, looking, "analysis-of-features/", commit_message, configs
+        )
+
+    def upload_hf_results(self, commit_message: str = "Upload training results") -> HubUploadResult:
+        """Send checkpoints, metrics and scalers to the folder workspace/ of a models repository."""
+        looking = in_background(self._look)
+        tree = _Tree(self.workspace, self.exclude)
+        for folder in RESULT_FOLDERS:
+            if not tree.add_folder(folder):
+                tree.left_out.append(LeftOut(f"workspace/{folder}", "not there, or empty"))
+        if not tree.files:
+            raise NotFoundError(
+                f"{printable(self.workspace)} holds no results: {', '.join(RESULT_FOLDERS)}",
+                "train first, or name another folder with --workspace",
+            )
+        owned = tuple(f"workspace/{folder}/" for folder in RESULT_FOLDERS)
+        return self._upload(
+            HUB_RESULTS, tree.plan(""), looking, "workspace/", commit_message, [], owned
+        )
+
+    upload_ticks = upload_hf_ticks
+    upload_training_data = upload_hf_training_data
+    upload_feature_analysis = upload_hf_feature_analysis
+    upload_results = upload_hf_results
+
+    def _table_suffix(self, plan: Plan) -> str:
+        """How the names of the tables on the Hub end; empty: there are none."""
+        names = [file.name for file in plan.files]
+        if self.parquet and any(name.endswith(".csv") for name in names):
+            return ".parquet"
+        return next((s for s in (".csv", ".parquet") if any(n.endswith(s) for n in names)), "")
+
+    def _upload(
+        self, kind: HubKind, plan: Plan, looking: Future[_Seen], root: str, message: str,
+        configs: Sequence[tuple[str, Mapping[str, str]]], owned: tuple[str, ...] = (),
+    ) -> HubUploadResult:  # fmt: skip
+        """Compare, send and verify one kind of data; `owned` are the folders --delete may empty."""
+        from hf_transport import UploadRun, compare_upload, require_within_limits
+
+        started = time.monotonic()
+        with self._hashes() as hashes:
+            hashes.load(plan.workspace)
+            uploads = self._uploads(plan, root, hashes)
+            seen = looking.result()
+            require_within_limits(uploads, seen.files)
+            goes = self._deletable(plan, owned or (root,))
+            steps = compare_upload(uploads, seen.files, hashes, seen.commit, goes)
+            result = HubUploadResult(
+                self.settings.repo_id, self._repo.url, steps.commit, steps.steps,
+                left_out=plan.left_out, dry_run=self.dry_run, seconds=time.monotonic() - started,
+            )  # fmt: skip
+            if self.dry_run:
+                return result
+            if self._approve is not None:
+                self._approve(steps)
+            if not seen.commit:
+                seen = self._create()
+                steps = compare_upload(uploads, seen.files, hashes, seen.commit, goes)
+            busy = bool(steps.paths("send") or steps.paths("delete"))
+            wants_card = self.card and (busy or "README.md" not in seen.files)
+            make_card = functools.partial(self._card, kind, uploads, configs, hashes)
+            run = UploadRun(
+                self._repo, uploads, hashes, message, make_card if wants_card else None,
+                self.progress,
+            )  # fmt: skip
+            commit = seen.commit
+            if busy or wants_card:
+                commit = run.carry_out(steps, seen.files)
+                run.verify(commit)
+            if self.tag:
+                self._repo.tag(self.tag, commit)
+        return dataclasses.replace(
+            result, commit=commit, commits=len(run.commits), sent_files=run.sent_files,
+            sent_bytes=run.sent_bytes, deleted=len(steps.paths("delete")),
+            seconds=time.monotonic() - started,
+        )  # fmt: skip
+
+    def _uploads(self, plan: Plan, root: str, hashes: HashCache) -> list[Upload]:
+        from hf_transport import Upload
+
+        uploads = []
+        for file in plan.files:
+            if self.parquet and file.below.endswith(".csv") and root != "workspace/":
+                uploads += self._parquet_twin(file, root, hashes)
+            else:
+                uploads.append(Upload(root + file.below, file.source, *file[2:]))
+        return uploads
+
+    def _parquet_twin(self, file: PlannedFile, root: str, hashes: HashCache) -> list[Upload]:
+        """The parquet and schema of a CSV; made anew only when the CSV has other content."""
+        from hf_transport import Upload
+        from hub_cards import parquet_twin
+
+        name = posixpath.basename(file.below).removesuffix(".csv")
+        content = hashes.sha256(file.source)
+        folder = cache_folder() / "parquet" / content[:2] / content
+        paths = [folder / f"{name}.schema.json", folder / f"{name}.parquet"]
+        if not all(path.is_file() for path in paths):
+            parquet_twin(Path(file.source), folder, name, self.progress)
+        stem = root + file.below.removesuffix(".csv")
+        found = []
+        for path in paths:
+            status = path.stat()
+            suffix = path.name.removeprefix(name)
+            state = (status.st_size, status.st_mtime_ns, status.st_ino)
+            found.append(Upload(stem + suffix, str(path), *state))
+        return found
+
+    def _deletable(self, plan: Plan, owned: tuple[str, ...]) -> Callable[[str], bool]:
+        """Which files of the repository --delete may remove: ours, and not those left out here."""
+        left_out = {file.name.removeprefix("workspace/") for file in plan.left_out}
+
+        def goes(path: str) -> bool:
+            root = next((folder for folder in owned if path.startswith(folder)), None)
+            if not self.delete or root is None:
+                return False
+            below = path.removeprefix("workspace/" if root.startswith("workspace/") else root)
+            excluded = any(excluded_by(below, pattern) for pattern in self.exclude)
+            return not excluded and below not in left_out
+
+        return goes
+
+    def _look(self) -> _Seen:
+        """What the repository holds; nothing, when it or the branch has to be made."""
+        if not self.settings.token:
+            raise AccessError(
+                "an upload needs a Hugging Face token",
+                f"make one at {self.settings.endpoint}/settings/tokens: export HF_TOKEN=…",
+            )
+        try:
+            info = self._repo.info()
+            if self.private and not info.get("private"):
+                raise RefusedError(
+                    f"{self.settings.repo_id} is public; --private is for a new repository",
+                    "make it private in its settings on the Hub, or leave out --private",
+                )
+            self._repo.require_writable()
+            commit = self._repo.head()
+        except NotFoundError:
+            if not self.create:
+                raise
+            return _Seen("", {})
+        return _Seen(commit, self._repo.files(commit))
+
+    def _create(self) -> _Seen:
+        """Make the repository, a private one unless asked otherwise, and the branch."""
+        self._repo.call("create_repo", private=self.private is not False, exist_ok=True)
+        if self.settings.revision != "main":
+            self._repo.call("create_branch", branch=self.settings.revision, exist_ok=True)
+        commit = self._repo.head()
+        return _Seen(commit, self._repo.files(commit))
+
+    def _card(
+        self, kind: HubKind, uploads: Sequence[Upload],
+        configs: Sequence[tuple[str, Mapping[str, str]]], hashes: HashCache, existing: str | None,
+    ) -> str:  # fmt: skip
+        """README.md with what was sent, around the prose that is in the existing one."""
+        from hub_cards import CardConfig, CardFile, merged_card
+
+        files = [CardFile(u.path, u.size, hashes.sha256(u.source)) for u in uploads]
+        repo_id = self.settings.repo_id
+        return merged_card(
+            existing, title=f"{kind.title}: {repo_id.partition('/')[2]}",
+            summary=f"{kind.title} sent by cloud_services.",
+            configs=[CardConfig(name, splits) for name, splits in configs], files=files,
+            restore=f"python cloud_services.py hf-download-{kind.name} --repo-id {repo_id}",
+        )  # fmt: skip
+
+
+def _require_analysis(names: set[str], folder: str | Path) -> None:
+    """Warn about what a feature analysis lacks; NotFoundError when it is none at all."""
+    missing = [name for name in ANALYSIS_FILES if name not in names]
+    missing += [f"{f}/" for f in ANALYSIS_FOLDERS if not any(n.startswith(f) for n in names)]
+    if len(missing) == len(ANALYSIS_FILES) + len(ANALYSIS_FOLDERS):
+        raise NotFoundError(
+            f"{printable(folder)} holds no feature analysis: none of {', '.join(ANALYSIS_FILES)}",
+            "make it first: python full_pipeline.py --analyze-features --generate-feature-plots",
+        )
+    if missing:
+        log.warning("the feature analysis lacks %s", ", ".join(missing))
+
+
+class HuggingFaceDownloader(_HuggingFace):
+    """Brings ticks, training data, feature analyses and results back from the Hub.
+
+    Everything comes from one commit; each file is verified before it gets its name, and one that
+    was changed here is never replaced without `force`. Killed anywhere, the same call continues.
+    Asks nothing, prints nothing; failures are CloudErrors.
+    """
+
+    def __init__(
+        self, repo_id: str, token: str | None = None, *, repo_type: str = "dataset",
+        revision: str | None = None, include: Sequence[str] = (), exclude: Sequence[str] = (),
+        force: bool = False, verify: bool = False, dry_run: bool = False,
+        progress: Progress | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
+        """Nothing is asked of the Hub yet.
+
+        include, exclude: patterns as for `Plan`s, relative to the local folder. verify: compare
+        only, fetch nothing. settings: fields of HubSettings (endpoint, timeout).
+        """
+        super().__init__(repo_id, token, repo_type, revision, progress, settings)
+        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.force, self.verify, self.dry_run = force, verify, dry_run
+
+    def download_hf_ticks(
+        self, local_dir: str | Path = "workspace/raw_data/ticks"
+    ) -> HubDownloadResult:
+        """Fetch the folder ticks/ into `local_dir`."""
+        return self._download(HUB_TICKS, Path(local_dir))
+
+    def download_hf_training_data(self, local_dir: str | Path = "workspace") -> HubDownloadResult:
+        """Fetch the folder workspace/ into `local_dir`."""
+        return self._download(HUB_TRAINING, Path(local_dir))
+
+    def download_hf_feature_analysis(
+        self, local_dir: str | Path = "workspace/analysis-of-features"
+    ) -> HubDownloadResult:
+        """Fetch the folder analysis-of-features/ into `local_dir`."""
+        return self._download(HUB_FEATURES, Path(local_dir))
+
+    def download_hf_results(self, local_dir: str | Path = "workspace") -> HubDownloadResult:
+        """Fetch checkpoints, metrics and scalers into `local_dir`."""
+        return self._download(HUB_RESULTS, Path(local_dir))
+
+    download_ticks = download_hf_ticks
+    download_training_data = download_hf_training_data
+    download_feature_analysis = download_hf_feature_analysis
+    download_results = download_hf_results
+
+    def _download(self, kind: HubKind, folder: Path) -> HubDownloadResult:
+        from hf_transport import Fetcher, compare_download
+
+        started = time.monotonic()
+        commit = self._repo.head()
+        downloads = self._wanted(kind, folder, self._repo.files(commit))
+        with self._hashes() as hashes:
+            hashes.load(folder)
+            steps = compare_download(downloads, hashes, self.force)
+            result = HubDownloadResult(
+                self.settings.repo_id, commit, folder, tuple(steps), dry_run=self.dry_run,
+                seconds=time.monotonic() - started,
+            )  # fmt: skip
+            if self.verify:
+                wrong = [f"{s.path}: {_difference(s)}" for s in steps if s.action != "keep"]
+                return dataclasses.replace(result, failures=tuple(wrong))
+            if self.dry_run:
+                return result
+            _require_no_local_change(steps, folder)
+            fetcher = Fetcher(self._repo, commit, hashes, self.progress)
+            todo = [d for d, s in zip(downloads, steps, strict=True) if s.action == "fetch"]
+            fetcher.fetch(todo)
+        if fetcher.failures and (len(todo) == 1 or len(fetcher.failures) == len(todo)):
+            raise fetcher.failures[0][1]
+        return dataclasses.replace(
+            result, fetched_files=len(todo) - len(fetcher.failures), moved=fetcher.moved,
+            failures=tuple(f"{d.remote.path}: {error}" for d, error in fetcher.failures),
+            seconds=time.monotonic() - started,
+        )  # fmt: skip
+
+    def _wanted(
+        self, kind: HubKind, folder: Path, remote: Mapping[str, RemoteFile]
+    ) -> list[Download]:
+        """The files of this kind that the patterns let through, each with its place here."""
+        from hf_transport import Download
+
+        wanted: dict[str, Download] = {}
+        for path, file in sorted(remote.items()):
+            name = kind.local_name(path)
+            if not name or not self._let_through(name):
+                continue
+            if reason := unsafe_name(name):
+                raise IntegrityError(f"{self.settings.repo_id}: {printable(path)!r} {reason}")
+            if folded(name) in wanted:
+                raise IntegrityError(
+                    f"{self.settings.repo_id}: two files become {printable(name)} here",
+                    "fetch them one by one with --include, each into its own --local-dir",
+                )
+            wanted[folded(name)] = Download(file, folder / name)
+        if not wanted:
+            kinds = ", ".join(f"{remote}…" for remote, _ in kind.places)
+            chosen = " that the patterns let through" if self.include or self.exclude else ""
+            raise NotFoundError(
+                f"{self.settings.repo_id} holds no {kind.title.lower()}{chosen} ({kinds})",
+                f"look at {self._repo.url}",
+            )
+        return list(wanted.values())
+
+    def _let_through(self, name: str) -> bool:
+        if posixpath.basename(name) == ".gitkeep":
+            return False
+        included = not self.include or any(excluded_by(name, p) for p in self.include)
+        return included and not any(excluded_by(name, p) for p in self.exclude)
+
+
+def _difference(step: Step) -> str:
+    return "missing here" if step.reason == "new" else "differs"
+
+
+def _require_no_local_change(steps: Sequence[Step], folder: Path) -> None:
+    refused = [step for step in steps if step.action == "refuse"]
+    if refused:
+        more = f" and {len(refused) - 1} more files" if len(refused) > 1 else ""
+        raise RefusedError(
+            f"{printable(refused[0].path)}{more} would replace local content in {printable(folder)}"
+            f" ({refused[0].reason}); nothing was fetched",
+            "add --force to replace it, or --exclude to leave it",
+        )
 
 
 # ── command machinery ────────────────────────────────────────────────────────────────────────────
@@ -3035,6 +2901,244 @@ def download_results(args: argparse.Namespace, console: Console) -> Outcome:
     return _download_outcome(result)
 
 
+REPO = Argument("--repo-id", required=True, metavar="USER/NAME", help="the repository on the Hub")
+TOKEN = Argument(
+    "--token", help="a Hugging Face token, or - to read it from standard input (HF_TOKEN)"
+)
+REPO_TYPE = Argument(
+    "--repo-type",
+    choices=HUB_REPO_TYPES,
+    default="model",
+    help="kind of repository (default: model)",
+)
+HUB_UPLOAD = (
+    REPO, TOKEN,
+    Argument(
+        "--private", action="store_true", default=None,
+        help="make a missing repository a private one (the default); refuse a public one",
+    ),
+    Argument(
+        "--public", dest="private", action="store_false", help="make a missing repository public"
+    ),
+    Argument("--no-create", action="store_true", help="fail when the repository is missing"),
+    Argument("--revision", metavar="BRANCH", help="the branch to write to (default: main)"),
+    Argument("--tag", metavar="NAME", help="give the final commit this name"),
+    EXCLUDE,
+    Argument(
+        "--delete", action="store_true", help="remove files there that are gone here; asks first"
+    ),
+    Argument("--no-card", action="store_true", help="leave README.md as it is"),
+    DRY_RUN,
+)  # fmt: skip
+PARQUET = Argument(
+    "--parquet", action="store_true", help="send CSVs as zstd parquet, with a schema beside each"
+)
+HUB_DOWNLOAD = (
+    REPO, TOKEN,
+    Argument("--revision", metavar="NAME", help="a branch, tag or commit (default: main)"),
+    Argument(
+        "--include", action="append", default=[], metavar="GLOB",
+        help="fetch only these; repeatable",
+    ),
+    EXCLUDE,
+    Argument("--force", action="store_true", help="replace files that were changed here"),
+    Argument("--verify", action="store_true", help="compare only, fetch nothing"),
+    DRY_RUN,
+)  # fmt: skip
+
+
+def _message(default: str) -> Argument:
+    return Argument(
+        "--commit-message", default=default, metavar="TEXT", help=f'(default: "{default}")'
+    )
+
+
+def _local_dir(default: str) -> Argument:
+    return Argument(
+        "--local-dir", default=default, metavar="DIR", help=f"the folder here (default: {default})"
+    )
+
+
+@command(
+    "hf-upload-ticks", *HUB_UPLOAD, PARQUET,
+    Argument(
+        "--ticks-dir", default="workspace/raw_data/ticks", metavar="DIR",
+        help="the ticks here (default: workspace/raw_data/ticks)",
+    ),
+    _message("Upload tick data"),
+)  # fmt: skip
+def hf_upload_ticks(args: argparse.Namespace, console: Console) -> Outcome:
+    """Send tick data to a dataset repository on the Hugging Face Hub.
+
+    Only what is new or changed is sent; in the end every file is compared. When it is interrupted,
+    the same command continues.
+    """
+    uploader = _hub_uploader(args, console)
+    return _hub_upload_outcome(
+        uploader.upload_hf_ticks(args.ticks_dir, args.commit_message), "ticks", console
+    )
+
+
+@command(
+    "hf-upload-training", *HUB_UPLOAD, WORKSPACE,
+    Argument(
+        "--include-scalers", action="store_true", default=True, help="include scalers (the default)"
+    ),
+    Argument(
+        "--no-scalers", dest="include_scalers", action="store_false", help="leave out the scalers"
+    ),
+    Argument("--include-cache", action="store_true", help="include raw_data/cache/"),
+    _message("Upload training data"),
+)  # fmt: skip
+def hf_upload_training(args: argparse.Namespace, console: Console) -> Outcome:
+    """Send the three feature files and the scalers to a dataset repository on the Hub."""
+    result = _hub_uploader(args, console).upload_hf_training_data(
+        args.include_scalers, args.include_cache, args.commit_message
+    )
+    return _hub_upload_outcome(result, "training", console)
+
+
+@command(
+    "hf-upload-features", *HUB_UPLOAD, PARQUET,
+    Argument(
+        "--analysis-dir", default="workspace/analysis-of-features", metavar="DIR",
+        help="the analysis here (default: workspace/analysis-of-features)",
+    ),
+    _message("Upload feature analysis results"),
+)  # fmt: skip
+def hf_upload_features(args: argparse.Namespace, console: Console) -> Outcome:
+    """Send the results of a feature analysis to a dataset repository on the Hub."""
+    result = _hub_uploader(args, console).upload_hf_feature_analysis(
+        args.analysis_dir, args.commit_message
+    )
+    return _hub_upload_outcome(result, "features", console)
+
+
+@command(
+    "hf-upload-results", *HUB_UPLOAD, REPO_TYPE, WORKSPACE, _message("Upload training results")
+)
+def hf_upload_results(args: argparse.Namespace, console: Console) -> Outcome:
+    """Send checkpoints, metrics and scalers to a models repository on the Hub."""
+    result = _hub_uploader(args, console).upload_hf_results(args.commit_message)
+    return _hub_upload_outcome(result, "results", console)
+
+
+@command("hf-download-ticks", *HUB_DOWNLOAD, _local_dir("workspace/raw_data/ticks"))
+def hf_download_ticks(args: argparse.Namespace, console: Console) -> Outcome:
+    """Fetch tick data from a dataset repository on the Hugging Face Hub.
+
+    Everything comes from one commit, and each file gets its name after its hash was compared. What
+    was changed here is not replaced without --force. The same command continues what was
+    interrupted.
+    """
+    return _hub_download_outcome(_hub_downloader(args, console).download_hf_ticks(args.local_dir))
+
+
+@command("hf-download-training", *HUB_DOWNLOAD, _local_dir("workspace"))
+def hf_download_training(args: argparse.Namespace, console: Console) -> Outcome:
+    """Fetch training data from the Hub into a workspace."""
+    downloader = _hub_downloader(args, console)
+    return _hub_download_outcome(downloader.download_hf_training_data(args.local_dir))
+
+
+@command("hf-download-features", *HUB_DOWNLOAD, _local_dir("workspace/analysis-of-features"))
+def hf_download_features(args: argparse.Namespace, console: Console) -> Outcome:
+    """Fetch the results of a feature analysis from the Hub."""
+    downloader = _hub_downloader(args, console)
+    return _hub_download_outcome(downloader.download_hf_feature_analysis(args.local_dir))
+
+
+@command("hf-download-results", *HUB_DOWNLOAD, REPO_TYPE, _local_dir("workspace"))
+def hf_download_results(args: argparse.Namespace, console: Console) -> Outcome:
+    """Fetch checkpoints, metrics and scalers from a models repository on the Hub."""
+    return _hub_download_outcome(_hub_downloader(args, console).download_hf_results(args.local_dir))
+
+
+def _given_token(args: argparse.Namespace, console: Console) -> str | None:
+    if args.token == "-":  # noqa: S105 - no password, but the word for standard input
+        token = sys.stdin.readline().strip() if sys.stdin else ""
+        if not token:
+            raise UsageError(
+                "--token - got no token on standard input", "echo $TOKEN | … --token -"
+            )
+        return token
+    if args.token:
+        console.note("--token is visible to other users of this machine: HF_TOKEN is not")
+    return cast("str | None", args.token)
+
+
+def _hub_uploader(args: argparse.Namespace, console: Console) -> HuggingFaceUploader:
+    def approve(plan: UploadPlan) -> None:
+        gone = plan.paths("delete")
+        for path in gone[:20]:
+            console.note(f"to be removed from {args.repo_id}: {printable(path)}")
+        question = f"Remove {len(gone)} files from {args.repo_id} that are gone here?"
+        if gone and not console.ask(question, "--yes"):
+            raise RefusedError("nothing was sent or removed", "leave out --delete")
+
+    return HuggingFaceUploader(
+        args.repo_id, _given_token(args, console),
+        repo_type=getattr(args, "repo_type", "dataset"), revision=args.revision,
+        private=args.private, create=not args.no_create, tag=args.tag, exclude=args.exclude,
+        delete=args.delete, parquet=getattr(args, "parquet", False), card=not args.no_card,
+        dry_run=args.dry_run, workspace=getattr(args, "workspace", "workspace"),
+        progress=console.progress(), approve=approve,
+    )  # fmt: skip
+
+
+def _hub_downloader(args: argparse.Namespace, console: Console) -> HuggingFaceDownloader:
+    return HuggingFaceDownloader(
+        args.repo_id, _given_token(args, console),
+        repo_type=getattr(args, "repo_type", "dataset"), revision=args.revision,
+        include=args.include, exclude=args.exclude, force=args.force, verify=args.verify,
+        dry_run=args.dry_run, progress=console.progress(),
+    )  # fmt: skip
+
+
+def _hub_upload_outcome(result: HubUploadResult, kind: str, console: Console) -> Outcome:
+    _list_left_out(result.left_out, console)
+    kept = sum(step.action == "keep" for step in result.steps)
+    if result.dry_run:
+        return Outcome(result, [("would go to", result.url)], _step_lines(result.steps))
+    rows = [("repository", result.url), ("commit", result.commit)]
+    if not result.commits:
+        rows.append(("nothing to do", f"all {kept:,} files are there already, unchanged"))
+    else:
+        rows += _amount(result.sent_files, result.sent_bytes, result.seconds)
+        rows.append(("commits", f"{result.commits}"))
+        if kept:
+            rows.append(("unchanged", f"{kept:,} files"))
+        if result.deleted:
+            rows.append(("removed", f"{result.deleted:,} files"))
+        rows.append(("verified", "every file's hash as the Hub lists it"))
+    following = f"python cloud_services.py hf-download-{kind} --repo-id {result.repo_id}"
+    return Outcome(result, rows, next_command=following)
+
+
+def _step_lines(steps: Sequence[Step]) -> Iterator[str]:
+    for step in steps:
+        yield f"{step.size:>14}  {step.action:<6}  {printable(step.path)} ({step.reason})"
+
+
+def _hub_download_outcome(result: HubDownloadResult) -> Outcome:
+    kept = sum(step.action == "keep" for step in result.steps)
+    rows = [("repository", result.repo_id), ("commit", result.commit)]
+    rows.append(("folder", printable(result.local_dir)))
+    if result.dry_run:
+        return Outcome(result, rows, _step_lines(result.steps))
+    if result.fetched_files:
+        rows += _amount(result.fetched_files, result.moved, result.seconds)
+    if kept:
+        rows.append(("unchanged", f"{kept:,} files"))
+    rows += [("failed", printable(failure)) for failure in result.failures]
+    compared = not result.fetched_files and result.failures and result.seconds
+    if result:
+        rows.append(("verified", "every file's hash"))
+        return Outcome(result, rows)
+    exit_code = ExitCode.INTEGRITY if compared else ExitCode.PARTIAL
+    return Outcome(result, rows, exit_code=exit_code)
+
+
 @command(
     "extract-archive",
     Argument("archive", metavar="ARCHIVE", help="a .tar.gz file"),
@@ -3139,6 +3243,8 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
 
 
 def _file_outcome(archive: Path, target: str) -> Outcome:
+    from transfers import FileSource
+
     source = FileSource(archive)
     rows = [
         ("would send", _shown(archive)),
@@ -3266,6 +3372,10 @@ complete -o filenames -F _cloud_services cloud-services cloud_services.py ./clou
 # ── main ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+GC_THRESHOLD = 200_000
+"""Plans of many files are no garbage: looking through them less often saves a quarter of a run."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived: unwind, so that nothing half-written stays behind."""
 
@@ -3277,6 +3387,8 @@ def _terminate(_signum: int, _frame: object) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; see ExitCode."""
     _make_streams_safe()
+    collecting = gc.get_threshold()
+    gc.set_threshold(GC_THRESHOLD, *collecting[1:])
     handled = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if handled else None
     try:
@@ -3288,6 +3400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("terminated; " + SAME_COMMAND, file=sys.stderr)
         return int(ExitCode.TERMINATED)
     finally:
+        gc.set_threshold(*collecting)
         if handled:
             signal.signal(signal.SIGTERM, before)
 
@@ -3308,6 +3421,13 @@ def _run(argv: Sequence[str] | None) -> int:
         with _written_out():
             console.show(outcome)
         return outcome.exit_code
+    except ModuleNotFoundError as error:
+        if error.name not in SATELLITES:
+            raise
+        missing = f"{error.name}.py is not beside cloud_services.py"
+        with _written_out():
+            console.show_error(MissingPackageError(missing, "copy it there as well"))
+        return ExitCode.MISSING_PACKAGE
     except CloudError as error:
         if "list-remote-files" in error.hint:  # below nobody knows the flags that led there
             error.hint += _given_connection(args)

@@ -558,6 +558,7 @@ def test_too_little_room_is_only_a_warning_because_the_archive_is_smaller(
 ) -> None:
     monkeypatch.setattr(cloud_services, "free_space", lambda _: 10)
     monkeypatch.setattr(cloud_services.log, "propagate", True)
+    caplog.set_level("WARNING", cloud_services.log.name)
     create_archive(everything(workspace), tmp_path / "out.tar.gz")
     assert "less room" in caplog.text
 

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cloud_services
+import transfers
 from cloud_services import PaperspaceDownloader, PaperspaceUploader
 from tests.servers import SSHServer
 from tests.support import (
@@ -305,7 +306,7 @@ def test_any_name_makes_the_round_trip(tmp_path: Path, name: str) -> None:
     uploader = PaperspaceUploader(path=str(tmp_path / "disk"))
     # An existing folder named *.tar.gz would be taken for the archive's own name.
     assert uploader.upload_training_data(file, method="local")
-    store = cloud_services.LocalStore()
+    store = transfers.LocalStore()
     found = store.find(f"{tmp_path}/disk/{name}")
     assert [info.path for info in found] == [f"{tmp_path}/disk/{name}"]
     back = PaperspaceDownloader().download_results(found[0].path, base / "back", method="local")
@@ -464,7 +465,7 @@ def test_a_local_upload_that_was_interrupted_continues(tmp_path: Path) -> None:
     file = random_file(tmp_path / "data.bin", 10 * cloud_services.SEGMENT_BYTES)
     disk = tmp_path / "disk"
     disk.mkdir()
-    part = disk / cloud_services.FileSource(file).part_name
+    part = disk / transfers.FileSource(file).part_name
     part.write_bytes(file.read_bytes()[: 4 * cloud_services.SEGMENT_BYTES + 5] + b"rubbish")
     result = PaperspaceUploader(path=str(disk)).upload_training_data(file, method="local")
     assert result.moved == 6 * cloud_services.SEGMENT_BYTES
@@ -478,7 +479,7 @@ def test_a_longer_leftover_is_cut(server: SSHServer, tmp_path: Path) -> None:
         (tmp_path / "disk", ["--method", "local"]),
     ):
         folder.mkdir(exist_ok=True)
-        (folder / cloud_services.FileSource(file).part_name).write_bytes(
+        (folder / transfers.FileSource(file).part_name).write_bytes(
             file.read_bytes() + b"x" * 5_000_000
         )
         done = cli(

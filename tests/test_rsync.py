@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import cloud_services
+import transfers
 from tests.servers import SSHServer, require
 from tests.support import (
     MIB,
@@ -126,7 +126,7 @@ def test_a_damaged_leftover_of_the_same_size_and_time_is_repaired(
     server: SSHServer, tmp_path: Path
 ) -> None:
     file = random_file(tmp_path / "data.bin", 300_000)
-    part = server.storage / cloud_services.FileSource(file).part_name
+    part = server.storage / transfers.FileSource(file).part_name
     part.write_bytes(bytes(300_000))
     os.utime(part, ns=(file.stat().st_mtime_ns, file.stat().st_mtime_ns))
     sent = cli("upload-training", *flags(server), "--method", "rsync", "--path", server.storage, "--archive", file,

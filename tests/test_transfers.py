@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import cloud_services
+import transfers
 from benchmarks.link import Link
 from tests.servers import SSHServer
 from tests.support import (
@@ -260,12 +261,12 @@ def test_a_lane_that_fails_in_its_work_is_an_error_not_a_refusal() -> None:
 
     def work(lane: object, jobs: Iterator[int]) -> None:
         if next(jobs, None) == 0:
-            raise cloud_services.NoMoreSessionsError("no session in the middle")
+            raise transfers.NoMoreSessionsError("no session in the middle")
         for _ in jobs:
             pass
 
-    with pytest.raises(cloud_services.NoMoreSessionsError):
-        cloud_services.run_lanes(Lane, 3, range(10), work)  # type: ignore[arg-type]
+    with pytest.raises(transfers.NoMoreSessionsError):
+        transfers.run_lanes(Lane, 3, range(10), work)  # type: ignore[arg-type]
 
 
 # ── interrupted

@@ -1,0 +1,1139 @@
+"""The Hugging Face Hub: listings, commits and downloads of one repository, exact or an error.
+
+A satellite of cloud_services, imported when a command needs the Hub. What is read (listings, files)
+is read here, over plain HTTP, resumable and verified; what is written goes through
+huggingface_hub's `create_commit`, which knows LFS and Xet, in bounded commits on a known parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import email.message
+import http.client
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cloud_services import (
+    MIB,
+    SAME_COMMAND,
+    AccessError,
+    Advance,
+    CloudError,
+    ConnectError,
+    DiskFullError,
+    HashCache,
+    HubSettings,
+    IntegrityError,
+    LinkLostError,
+    NotFoundError,
+    Progress,
+    RefusedError,
+    T,
+    TransferError,
+    UsageError,
+    __version__,
+    free_space,
+    human_bytes,
+    in_background,
+    local_errors,
+    lock_part,
+    log,
+    need,
+    open_for_update,
+    part_name,
+    printable,
+    require_space,
+    with_retries,
+    write_all,
+)
+
+MAX_FILE_BYTES = 500_000_000_000
+MAX_PLAIN_DOWNLOAD_BYTES = 50_000_000_000
+MANY_FILES_A_FOLDER, MANY_FILES_A_REPO = 10_000, 100_000
+"""The Hub's limits: https://huggingface.co/docs/hub/storage-limits"""
+
+MAX_REGULAR_BYTES = 10_000_000
+"""Larger files never go into a commit themselves, but into LFS or Xet storage."""
+
+COMMIT_FILES, COMMIT_REGULAR_BYTES, COMMIT_BYTES = 500, 24_000_000, 4_000_000_000
+"""One commit takes at most so many files, bytes in its own body, and bytes at all."""
+
+DOWNLOAD_THREADS = 8
+CSV_IN_LFS = "*.csv filter=lfs diff=lfs merge=lfs -text"
+LFS_CSV_BYTES = 1_000_000
+"""From this size on a CSV is worth keeping in Xet storage, where appending costs little."""
+
+Headers = Mapping[str, str] | email.message.Message
+
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class ParentMovedError(LinkLostError):
+    """Somebody else committed in between; a new look at the repository settles it."""
+
+
+class RateLimitedError(TransferError):
+    """The Hub wants a pause of `seconds`."""
+
+    def __init__(self, message: str, seconds: float) -> None:
+        super().__init__(message, SAME_COMMAND)
+        self.seconds = seconds
+
+
+def _status_error(settings: HubSettings, status: int, headers: Headers, text: str) -> CloudError:
+    """What an answer with an HTTP error status means."""
+    said = printable(headers.get("X-Error-Message") or text)[:300]
+    if status == 429:
+        return RateLimitedError("the Hub's rate limit is reached", _pause_asked_for(headers))
+    return (
+        _known_code(settings, headers.get("X-Error-Code") or "", status, said)
+        or _refusal(settings, status, said)
+        or _passing_trouble(settings, status, said)
+    )
+
+
+def _known_code(settings: HubSettings, code: str, status: int, said: str) -> CloudError | None:
+    """What the Hub's own error codes mean."""
+    if code == "RepoNotFound" and (status != 401 or not settings.token):
+        return _missing_repo(settings)
+    if code == "GatedRepo":
+        return AccessError(
+            f"{settings.repo_id} is gated: its owner has to let you in",
+            f"ask for access at {settings.endpoint}/{_prefix(settings)}{settings.repo_id}",
+        )
+    if code == "RevisionNotFound":
+        return NotFoundError(
+            f"{settings.repo_id} has no revision {printable(settings.revision)}",
+            "check --revision: a branch, a tag or a commit",
+        )
+    if code == "EntryNotFound":
+        return NotFoundError(f"{settings.repo_id}: {said or 'no such file'}")
+    return None
+
+
+def _refusal(settings: HubSettings, status: int, said: str) -> CloudError | None:
+    """What no second try would change."""
+    where = f"{settings.endpoint}/settings/tokens"
+    if status == 401:
+        why = "does not accept the token" if settings.token else "asks for a token"
+        return AccessError(f"{settings.endpoint} {why}", f"make one at {where}: export HF_TOKEN=…")
+    if status == 403:
+        return AccessError(
+            f"the token may not write to {settings.repo_id}: {said or 'forbidden'}",
+            f"make a token with the role 'write' at {where}: export HF_TOKEN=…",
+        )
+    if status == 404:
+        return _missing_repo(settings)
+    if status == 413:
+        return RefusedError(f"the Hub refuses this as too large: {said}", "send smaller files")
+    return None
+
+
+def _passing_trouble(settings: HubSettings, status: int, said: str) -> CloudError:
+    if status == 412:
+        return ParentMovedError(f"somebody else changed {settings.repo_id} meanwhile", SAME_COMMAND)
+    kind = LinkLostError if status >= 500 or status == 408 else TransferError
+    return kind(f"the Hub answers with status {status}: {said}", SAME_COMMAND)
+
+
+def _missing_repo(settings: HubSettings) -> NotFoundError:
+    name = f"the {settings.repo_type} {settings.repo_id}"
+    if settings.token:
+        return NotFoundError(
+            f"{name} does not exist, or is private and this token cannot see it",
+            "check --repo-id; an upload makes a missing one unless --no-create is given",
+        )
+    return NotFoundError(
+        f"{name} does not exist, or is private and there is no token",
+        "check --repo-id; for a private one: export HF_TOKEN=…",
+    )
+
+
+def _pause_asked_for(headers: Headers) -> float:
+    """Seconds to wait, from Retry-After or `RateLimit: "api";r=0;t=55` (an IETF draft)."""
+    after = headers.get("Retry-After") or ""
+    reset = re.search(r"\bt=(\d+)", headers.get("RateLimit") or "")
+    seconds = int(after) if after.isdecimal() else int(reset[1]) if reset else 60
+    return float(min(max(seconds, 1), 3600))
+
+
+@contextlib.contextmanager
+def _client_errors(settings: HubSettings) -> Iterator[None]:
+    """Turn what huggingface_hub raises into CloudErrors; what is unknown stays loud."""
+    try:
+        yield
+    except CloudError:
+        raise
+    except Exception as error:
+        translated = _translated(settings, error)
+        if translated is None:
+            raise
+        raise translated from error
+
+
+def _translated(settings: HubSettings, error: BaseException) -> CloudError | None:
+    hub = need("huggingface_hub")
+    wire = importlib.import_module("huggingface_hub.utils").httpx
+    response = getattr(error, "response", None)
+    if response is not None:
+        said = str(getattr(error, "server_message", "") or "")
+        return _status_error(settings, response.status_code, response.headers, said)
+    if isinstance(error, hub.errors.OfflineModeIsEnabled):
+        return ConnectError("HF_HUB_OFFLINE is set: nothing is sent", "unset HF_HUB_OFFLINE")
+    if isinstance(error, wire.ConnectError):
+        return _unreachable(settings, error)
+    if isinstance(error, (wire.HTTPError, wire.TimeoutException)):
+        return LinkLostError(f"lost the Hub: {_plain_text(error)}", SAME_COMMAND)
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        with local_errors(str(error.filename)):
+            raise error
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return _translated(settings, error.__cause__)
+    if isinstance(error, (RuntimeError, ConnectionError, TimeoutError)):  # hf_xet's own
+        return LinkLostError(f"the Hub's storage failed: {_plain_text(error)}", SAME_COMMAND)
+    if isinstance(error, ValueError) and "LFS" in str(error):
+        return TransferError(f"the Hub's storage refuses: {_plain_text(error)}", SAME_COMMAND)
+    return None
+
+
+def _unreachable(settings: HubSettings, error: BaseException) -> ConnectError:
+    return ConnectError(
+        f"{settings.endpoint} cannot be reached: {_plain_text(error)}",
+        "check the network, and HF_ENDPOINT if it is set",
+    )
+
+
+def _plain_text(error: BaseException) -> str:
+    """An error's text without the signed part of any address in it."""
+    text = str(error) or type(error).__name__
+    return printable(re.sub(r"\?[^\s'\")]+", "?…", text.split("\n")[0]))[:300]
+
+
+# ── reading over HTTP ────────────────────────────────────────────────────────────────────────────
+
+
+class _Wire:
+    """GET requests: each thread keeps its connections, the token goes to the Hub alone."""
+
+    REDIRECTS = 5
+
+    def __init__(self, settings: HubSettings) -> None:
+        self._settings = settings
+        self._own = threading.local()
+        self._hold_until = 0.0
+
+    @contextlib.contextmanager
+    def get(self, url: str, start: int = 0) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a GET, from the byte `start` on; after redirects.
+
+        Raises what the status means. A connection whose answer was not read to its end is closed.
+        """
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        connection, response = self._follow(url, headers)
+        try:
+            yield response
+        except BaseException:
+            connection.close()
+            raise
+        if not response.isclosed():
+            connection.close()
+
+    def json(self, url: str) -> tuple[Any, email.message.Message]:
+        """A JSON document and its headers; tried again after a lost link or a rate limit."""
+
+        def attempt() -> tuple[bytes, email.message.Message]:
+            with self.get(url) as response, self.reading():
+                return response.read(), response.headers
+
+        content, headers = self.patiently(attempt)
+        try:
+            return json.loads(content), headers
+        except ValueError as error:
+            raise TransferError(
+                f"{self._settings.endpoint} does not answer as the Hub does",
+                "check HF_ENDPOINT, and whether a proxy or a login page is in between",
+            ) from error
+
+    def succeeds(self, url: str) -> None:
+        """Ask, and raise what the answer's status means; patiently."""
+
+        def attempt() -> None:
+            with self.get(url) as response, self.reading():
+                response.read()
+
+        self.patiently(attempt)
+
+    def patiently(self, attempt: Callable[[], T]) -> T:
+        """Call `attempt`; again after a lost link, and after the pause that the Hub asks for."""
+        while True:
+            self.wait_for_turn()
+            try:
+                return with_retries(attempt)
+            except RateLimitedError as error:
+                self.hold(error.seconds)
+
+    def hold(self, seconds: float) -> None:
+        """Let every thread pause so long."""
+        self._hold_until = max(self._hold_until, time.monotonic() + seconds)
+
+    def wait_for_turn(self) -> None:
+        """Sit out a pause that the Hub asked for, counting down in the log."""
+        left = self._hold_until - time.monotonic()
+        while left > 0:
+            log.warning("the Hub's rate limit is reached: going on in %.0f s", left)
+            time.sleep(min(left, 10))
+            left = self._hold_until - time.monotonic()
+
+    def _follow(
+        self, url: str, headers: Mapping[str, str]
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        for _ in range(self.REDIRECTS):
+            connection, response = self._send(url, headers)
+            if response.status not in (301, 302, 303, 307, 308):
+                self._require_success(connection, response)
+                return connection, response
+            response.read()
+            url = urllib.parse.urljoin(url, response.headers.get("Location") or "")
+        raise TransferError("the Hub redirects in circles", SAME_COMMAND)
+
+    def _require_success(
+        self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
+    ) -> None:
+        remaining = re.search(r"\br=0\b", response.headers.get("RateLimit") or "")
+        if remaining:
+            self.hold(_pause_asked_for(response.headers))
+        if response.status < 400:
+            return
+        text = response.read(64 * 1024)
+        connection.close()
+        with contextlib.suppress(ValueError, AttributeError):
+            text = str(json.loads(text).get("error", "")).encode()
+        said = text.decode("utf-8", "replace")
+        raise _status_error(self._settings, response.status, response.headers, said)
+
+    def _send(
+        self, url: str, more: Mapping[str, str]
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """One request over this thread's connection; a stale one is replaced once."""
+        parts = urllib.parse.urlsplit(url)
+        origin = f"{parts.scheme}://{parts.netloc}"
+        headers = {
+            "Accept-Encoding": "identity", "User-Agent": f"cloud_services/{__version__}", **more
+        }  # fmt: skip
+        if self._settings.token and origin == _origin(self._settings.endpoint):
+            headers["Authorization"] = f"Bearer {self._settings.token}"
+        target = parts.path + (f"?{parts.query}" if parts.query else "")
+        fresh = False
+        while True:
+            connection = self._connections.get(origin)
+            if connection is None:
+                connection, fresh = self._connect(parts.scheme, parts.netloc), True
+            try:
+                connection.request("GET", target, headers=headers)
+                return connection, connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                self._connections.pop(origin, None)
+                if fresh or isinstance(error, TimeoutError):
+                    raise self._lost(error) from error
+
+    @property
+    def _connections(self) -> dict[str, http.client.HTTPConnection]:
+        if not hasattr(self._own, "connections"):
+            self._own.connections = {}
+        connections: dict[str, http.client.HTTPConnection] = self._own.connections
+        return connections
+
+    def _connect(self, scheme: str, netloc: str) -> http.client.HTTPConnection:
+        connection = _open_connection(scheme, netloc, self._settings.timeout)
+        try:
+            connection.connect()
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except (OSError, http.client.HTTPException) as error:
+            raise _unreachable(self._settings, error) from error
+        self._connections[f"{scheme}://{netloc}"] = connection
+        return connection
+
+    def _lost(self, error: BaseException) -> LinkLostError:
+        if isinstance(error, TimeoutError):
+            silent = f"nothing was heard for {self._settings.timeout:g} s"
+            return LinkLostError(f"lost the Hub: {silent}", SAME_COMMAND)
+        return LinkLostError(f"lost the Hub: {_plain_text(error)}", SAME_COMMAND)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around reading an answer's body: a broken link is a lost link."""
+        try:
+            yield
+        except (ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException) as error:
+            raise self._lost(error) from error
+
+
+def _origin(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _open_connection(scheme: str, netloc: str, timeout: float) -> http.client.HTTPConnection:
+    """A connection to an origin, through the proxy that the environment names for it."""
+    proxy = _proxy(scheme, netloc)
+    where = proxy.netloc.rpartition("@")[2] if proxy else netloc
+    connection = (
+        http.client.HTTPSConnection(where, timeout=timeout, context=_tls_context())
+        if scheme == "https"
+        else http.client.HTTPConnection(where, timeout=timeout)
+    )
+    if proxy:
+        connection.set_tunnel(netloc, headers=_proxy_login(proxy))
+    return connection
+
+
+def _proxy(scheme: str, netloc: str) -> urllib.parse.SplitResult | None:
+    if not any(name.lower().endswith("_proxy") for name in os.environ):
+        return None
+    request = importlib.import_module("urllib.request")
+    host = urllib.parse.urlsplit(f"//{netloc}").hostname
+    proxies = request.getproxies_environment()
+    address = proxies.get(scheme) or proxies.get("all")
+    if not address or request.proxy_bypass_environment(host, proxies):
+        return None
+    return urllib.parse.urlsplit(address if "://" in address else f"http://{address}")
+
+
+def _proxy_login(proxy: urllib.parse.SplitResult) -> dict[str, str]:
+    if not proxy.username:
+        return {}
+    user, word = map(urllib.parse.unquote, (proxy.username, proxy.password or ""))
+    encode = importlib.import_module("base64").b64encode
+    return {"Proxy-Authorization": f"Basic {encode(f'{user}:{word}'.encode()).decode()}"}
+
+
+def _tls_context() -> ssl.SSLContext:
+    """The system's certificates, and certifi's where it is installed."""
+    context = ssl.create_default_context()
+    if importlib.util.find_spec("certifi") and not os.environ.get("SSL_CERT_FILE"):
+        context.load_verify_locations(importlib.import_module("certifi").where())
+    return context
+
+
+# ── the repository ───────────────────────────────────────────────────────────────────────────────
+
+
+class RemoteFile(NamedTuple):
+    """A file of a repository at one commit, and the digest the Hub knows it by."""
+
+    path: str
+    size: int
+    git_oid: str
+    sha256: str
+    """Empty for a file that lies in git itself."""
+
+    def is_same(self, local: str | Path, hashes: HashCache) -> bool:
+        """Whether a local file has this content."""
+        if os.path.getsize(local) != self.size:
+            return False
+        if self.sha256:
+            return hashes.sha256(local) == self.sha256
+        return hashes.git_oid(local) == self.git_oid
+
+    @property
+    def digest(self) -> str:
+        """What names its content."""
+        return self.sha256 or self.git_oid
+
+
+def _prefix(settings: HubSettings) -> str:
+    return "" if settings.repo_type == "model" else f"{settings.repo_type}s/"
+
+
+class HubRepo:
+    """One repository on the Hub. Nothing is asked before the first method is called."""
+
+    def __init__(self, settings: HubSettings) -> None:
+        self.settings = dataclasses.replace(settings, endpoint=settings.endpoint.rstrip("/"))
+        self.wire = _Wire(self.settings)
+        self.name = settings.repo_id
+        self.url = f"{self.settings.endpoint}/{_prefix(settings)}{settings.repo_id}"
+        self._api_url = f"{self.settings.endpoint}/api/{settings.repo_type}s/{settings.repo_id}"
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+            raise ConnectError(
+                "HF_HUB_OFFLINE is set: the Hub is not asked", "unset HF_HUB_OFFLINE"
+            )
+
+    def info(self) -> dict[str, Any]:
+        """What the Hub says of the repository. Raises NotFoundError when there is none."""
+        document: dict[str, Any] = self.wire.json(self._api_url)[0]
+        return document
+
+    def head(self) -> str:
+        """The commit that the revision names now."""
+        revision = urllib.parse.quote(self.settings.revision, safe="")
+        return str(self.wire.json(f"{self._api_url}/revision/{revision}")[0]["sha"])
+
+    def files(self, commit: str) -> dict[str, RemoteFile]:
+        """Every file at a commit, by its path."""
+        found: dict[str, RemoteFile] = {}
+        url = f"{self._api_url}/tree/{commit}?recursive=true&expand=false"
+        while url:
+            entries, headers = self.wire.json(url)
+            for entry in entries:
+                if entry["type"] == "file":
+                    file = _remote_file(entry)
+                    found[file.path] = file
+            following = re.search(r'<([^>]+)>;\s*rel="next"', headers.get("Link") or "")
+            url = urllib.parse.urljoin(url, following[1]) if following else ""
+            if url and _origin(url) != _origin(self._api_url):
+                raise TransferError("the Hub's listing leads to another host")
+        return found
+
+    def read(self, path: str, commit: str) -> bytes:
+        """The content of a small file."""
+
+        def attempt() -> bytes:
+            with self.wire.get(self.file_url(path, commit)) as response, self.wire.reading():
+                return response.read()
+
+        return self.wire.patiently(attempt)
+
+    def file_url(self, path: str, commit: str) -> str:
+        """Where a file's content at a commit is."""
+        return f"{self.url}/resolve/{commit}/{urllib.parse.quote(path)}"
+
+    def require_writable(self) -> None:
+        """Raise AccessError unless the token may write here."""
+        self.wire.succeeds(f"{self._api_url}/auth-check/write")
+
+    # What changes the repository goes through huggingface_hub.
+
+    @cached_property
+    def api(self) -> Any:
+        """huggingface_hub's own client, with a timeout, which it does not have by itself."""
+        hub = need("huggingface_hub")
+        _limit_waiting(self.settings.timeout)
+        importlib.import_module("logging").getLogger("huggingface_hub").setLevel("CRITICAL")
+        return hub.HfApi(
+            self.settings.endpoint, token=self.settings.token or False,
+            library_name="cloud_services", library_version=__version__,
+        )  # fmt: skip
+
+    def call(self, method: str, *args: Any, **options: Any) -> Any:
+        """Call a method of the client about this repository, patiently."""
+
+        def attempt() -> Any:
+            with _client_errors(self.settings):
+                return getattr(self.api, method)(
+                    self.name, *args, repo_type=self.settings.repo_type, **options
+                )
+
+        return self.wire.patiently(attempt)
+
+    def tag(self, name: str, commit: str) -> None:
+        """Give a commit a name. Raises RefusedError when another one has it."""
+        tags = {
+            t["name"]: t["targetCommit"] for t in self.wire.json(f"{self._api_url}/refs")[0]["tags"]
+        }
+        if name in tags and tags[name] != commit:
+            raise RefusedError(
+                f"the tag {printable(name)} names another commit of {self.name}",
+                "choose another --tag",
+            )
+        if name not in tags:
+            self.call("create_tag", tag=name, revision=commit, exist_ok=True)
+
+    def commit(self, operations: Sequence[Any], message: str, parent: str) -> str:
+        """Make one commit on `parent`; return its id. Raises ParentMovedError, LinkLostError."""
+        while True:
+            try:
+                with _client_errors(self.settings):
+                    done = self.api.create_commit(
+                        self.name, operations, commit_message=message, parent_commit=parent,
+                        repo_type=self.settings.repo_type, revision=self.settings.revision,
+                    )  # fmt: skip
+                return str(done.oid)
+            except RateLimitedError as error:
+                self.wire.hold(error.seconds)
+                self.wire.wait_for_turn()
+
+
+def _remote_file(entry: Mapping[str, Any]) -> RemoteFile:
+    lfs = entry.get("lfs") or {}
+    size = int(lfs.get("size", entry["size"]))
+    return RemoteFile(str(entry["path"]), size, str(entry["oid"]), str(lfs.get("oid") or ""))
+
+
+def _limit_waiting(timeout: float) -> None:
+    """Give the client's HTTP sessions a timeout; whoever made a factory of their own keeps it."""
+    hub = need("huggingface_hub")
+    internals = importlib.import_module("huggingface_hub.utils._http")
+    make = getattr(internals, "_GLOBAL_CLIENT_FACTORY", internals.default_client_factory)
+    if getattr(make, "limits_waiting", False):
+        return
+
+    def make_with_timeout() -> Any:
+        client = make()
+        if client.timeout == type(client.timeout)(None):
+            client.timeout = timeout
+        return client
+
+    make_with_timeout.limits_waiting = True  # type: ignore[attr-defined]
+    hub.set_client_factory(make_with_timeout)
+
+
+# ── uploading ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Upload(NamedTuple):
+    """A local file and where it goes: sizes in bytes, the time it had when it was planned."""
+
+    path: str
+    source: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+    def is_same(self, there: RemoteFile, hashes: HashCache) -> bool:
+        """Whether the Hub has this content; read only when it is not remembered."""
+        if there.size != self.size:
+            return False
+        kind, digest = ("sha256", there.sha256) if there.sha256 else ("git", there.git_oid)
+        known = hashes.remembered(self.source, kind, self.size, self.mtime_ns, self.inode)
+        return known == digest if known else there.is_same(self.source, hashes)
+
+
+class Step(NamedTuple):
+    """What is done about one file, and why."""
+
+    path: str
+    size: int
+    action: str
+    """send, keep or delete; fetch, keep or refuse."""
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class UploadPlan:
+    """The difference between local files and a repository at one commit."""
+
+    steps: tuple[Step, ...]
+    commit: str
+    """Empty: the repository does not exist yet."""
+
+    def paths(self, action: str) -> list[str]:
+        """The paths of all steps with this action, sorted."""
+        return [step.path for step in self.steps if step.action == action]
+
+    def bytes(self, action: str) -> int:
+        """The bytes of all steps with this action."""
+        return sum(step.size for step in self.steps if step.action == action)
+
+
+def compare_upload(
+    uploads: Sequence[Upload], remote: Mapping[str, RemoteFile], hashes: HashCache, commit: str,
+    goes: Callable[[str], bool],
+) -> UploadPlan:  # fmt: skip
+    """Decide about each file; `goes` says whether a remote file is to be deleted when local is not.
+
+    send: new or changed · keep: unchanged · delete: gone locally.
+    """
+    steps = []
+    for upload in uploads:
+        there = remote.get(upload.path)
+        if there is None:
+            steps.append(Step(upload.path, upload.size, "send", "new"))
+        elif not upload.is_same(there, hashes):
+            steps.append(Step(upload.path, upload.size, "send", "changed"))
+        else:
+            steps.append(Step(upload.path, upload.size, "keep", "unchanged"))
+    local = {upload.path for upload in uploads}
+    steps += [
+        Step(path, file.size, "delete", "gone locally")
+        for path, file in remote.items()
+        if path not in local and goes(path)
+    ]
+    return UploadPlan(tuple(sorted(steps)), commit)
+
+
+def require_within_limits(uploads: Sequence[Upload], remote: Mapping[str, RemoteFile]) -> None:
+    """Raise RefusedError for what the Hub never takes; warn about what it discourages."""
+    folders: dict[str, int] = {}
+    paths = {upload.path for upload in uploads} | set(remote)
+    for upload in uploads:
+        if upload.size > MAX_FILE_BYTES:
+            raise RefusedError(
+                f"{printable(upload.source)} has {human_bytes(upload.size)}; the Hub takes files of"
+                " up to 500 GB",
+                "split it, or leave it out with --exclude",
+            )
+        try:
+            upload.path.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"{printable(upload.source)}: the Hub takes names in UTF-8 only",
+                "rename it, or leave it out with --exclude",
+            ) from error
+    for path in paths:
+        folder = path.rpartition("/")[0]
+        folders[folder] = folders.get(folder, 0) + 1
+    for folder, count in folders.items():
+        if count > MANY_FILES_A_FOLDER:
+            log.warning(
+                "%s would hold %d files; the Hub asks for at most 10,000 a folder", folder, count
+            )
+    if len(paths) > MANY_FILES_A_REPO:
+        log.warning("the repository would hold %d files; the Hub asks for 100,000", len(paths))
+
+
+class UploadRun:
+    """Brings a repository to what a plan says, in bounded commits, each on a known parent.
+
+    Whatever goes wrong, a new look at the repository tells what arrived: nothing is sent twice, and
+    a commit whose answer was lost is not made again.
+    """
+
+    def __init__(
+        self, repo: HubRepo, uploads: Sequence[Upload], hashes: HashCache, message: str,
+        card: Callable[[str | None], str] | None, progress: Progress,
+    ) -> None:  # fmt: skip
+        """`card` makes the new README.md from the old one, once every digest is known."""
+        self._repo, self._hashes, self._message, self._card = repo, hashes, message, card
+        self._uploads = {upload.path: upload for upload in uploads}
+        self._progress = progress
+        self._most_files = COMMIT_FILES
+        self.commits: list[str] = []
+        self.sent_files = 0
+        self.sent_bytes = 0
+
+    def carry_out(self, plan: UploadPlan, remote: Mapping[str, RemoteFile]) -> str:
+        """Send and delete what the plan says about the files it saw; return the last commit."""
+        deletions = plan.paths("delete")
+        first = [(plan, remote)]
+        self._progress.begin("sending", plan.bytes("send"))
+        try:
+            return with_retries(
+                lambda: self._attempt(*(first.pop() if first else self._look()), deletions)
+            )
+        finally:
+            self._progress.end()
+
+    def _look(self) -> tuple[UploadPlan, Mapping[str, RemoteFile]]:
+        head = self._repo.head()
+        remote = self._repo.files(head)
+        uploads = tuple(self._uploads.values())
+        return compare_upload(uploads, remote, self._hashes, head, lambda _: False), remote
+
+    def _attempt(
+        self, plan: UploadPlan, remote: Mapping[str, RemoteFile], deletions: Sequence[str]
+    ) -> str:
+        head = plan.commit
+        rest = [self._uploads[path] for path in plan.paths("send")]
+        head = self._declare_csv(head, remote, rest)
+        batches = list(self._batches(rest))
+        for batch in batches[:-1]:
+            head = self._commit(self._prepared(batch), batch, head)
+        last = batches[-1] if batches else []
+        operations = self._prepared(last)
+        operations += [self._deletion(path) for path in deletions if path in remote]
+        operations += self._new_card(head, remote)
+        return self._commit(operations, last, head) if operations else head
+
+    def _batches(self, uploads: Iterable[Upload]) -> Iterator[list[Upload]]:
+        batch: list[Upload] = []
+        regular = total = 0
+        for upload in uploads:
+            small = upload.size if upload.size < MAX_REGULAR_BYTES else 0
+            full = len(batch) >= self._most_files or total + upload.size > COMMIT_BYTES
+            if batch and (full or regular + small > COMMIT_REGULAR_BYTES):
+                yield batch
+                batch, regular, total = [], 0, 0
+            batch.append(upload)
+            regular, total = regular + small, total + upload.size
+        if batch:
+            yield batch
+
+    def _prepared(self, batch: Sequence[Upload]) -> list[Any]:
+        """Commit operations for files whose large content is already in the Hub's storage."""
+        if not batch:
+            return []
+        make = _operation_class()
+        operations = []
+        for upload in batch:
+            with _client_errors(self._repo.settings), local_errors(upload.source):
+                operations.append(make(upload.path, upload.source))
+            operations[-1].advance = self._progress.advance
+        with _xet_progress(self._progress.advance):
+            self._repo.call(
+                "preupload_lfs_files", additions=operations, revision=self._repo.settings.revision
+            )
+        for upload, operation in zip(batch, operations, strict=True):
+            self._require_unchanged(upload, operation)
+        return operations
+
+    def _require_unchanged(self, upload: Upload, operation: Any) -> None:
+        """Nothing torn goes into a commit; what the client hashed needs no second reading."""
+        with local_errors(upload.source):
+            status = os.stat(upload.source)
+        if (status.st_size, status.st_mtime_ns) != (upload.size, upload.mtime_ns):
+            raise IntegrityError(
+                f"{printable(upload.source)} changed while it was sent",
+                "wait until nothing writes to it, then run the same command again",
+            )
+        info = operation.upload_info
+        if getattr(info, "is_hashed", True):
+            self._hashes.remember(upload.source, "sha256", status, info.sha256.hex())
+
+    def _commit(self, operations: Sequence[Any], batch: Sequence[Upload], parent: str) -> str:
+        try:
+            commit = self._repo.commit(operations, self._message, parent)
+        except LinkLostError:
+            self._most_files = max(50, self._most_files // 2)  # a commit may have been too large
+            raise
+        if commit != parent:
+            self.commits.append(commit)
+        self.sent_files += len(batch)
+        self.sent_bytes += sum(upload.size for upload in batch)
+        for operation in operations:
+            if hasattr(operation, "finish"):
+                operation.finish()
+        return commit
+
+    def _declare_csv(
+        self, head: str, remote: Mapping[str, RemoteFile], rest: Sequence[Upload]
+    ) -> str:
+        """Have large CSVs kept as LFS/Xet before the first of them goes, if they are not yet."""
+        if not any(u.path.endswith(".csv") and u.size >= LFS_CSV_BYTES for u in rest):
+            return head
+        there = ".gitattributes" in remote
+        text = self._repo.read(".gitattributes", head).decode("utf-8", "replace") if there else ""
+        if re.search(r"(?m)^\*\.csv\s.*filter=lfs", text):
+            return head
+        text += "" if not text or text.endswith("\n") else "\n"
+        content = f"{text}{CSV_IN_LFS}\n".encode()
+        return self._commit([_operation_class()(".gitattributes", content)], (), head)
+
+    def _new_card(self, head: str, remote: Mapping[str, RemoteFile]) -> list[Any]:
+        if self._card is None:
+            return []
+        there = "README.md" in remote
+        old = self._repo.read("README.md", head) if there else None
+        text = old.decode("utf-8", "surrogateescape") if old is not None else None
+        new = self._card(text)
+        if new == text:
+            return []
+        return [_operation_class()("README.md", new.encode("utf-8", "surrogateescape"))]
+
+    @staticmethod
+    def _deletion(path: str) -> Any:
+        return need("huggingface_hub").CommitOperationDelete(path, is_folder=False)
+
+    def verify(self, commit: str) -> None:
+        """List the repository again and compare every file. Raises IntegrityError."""
+        remote = self._repo.files(commit)
+        for upload in self._uploads.values():
+            there = remote.get(upload.path)
+            if there is None:
+                raise IntegrityError(
+                    f"{printable(upload.path)} is not in {self._repo.name} after the upload",
+                    "look whether the repository's .gitignore leaves it out",
+                )
+            if not there.is_same(upload.source, self._hashes):
+                raise IntegrityError(
+                    f"{printable(upload.path)} in {self._repo.name} is not what was sent",
+                    "run the same command again",
+                )
+
+
+def _operation_class() -> Any:
+    """huggingface_hub's CommitOperationAdd, with its reading counted."""
+    base = need("huggingface_hub").CommitOperationAdd
+
+    class CountedAddition(base):  # type: ignore[misc, valid-type]
+        advance: Advance = staticmethod(lambda count: None)
+        counted = 0
+
+        def as_file(self, with_tqdm: bool = False) -> Any:
+            """The content to read; with_tqdm says that it is read to be sent."""
+            if not with_tqdm or not isinstance(self.path_or_fileobj, str):
+                return super().as_file()
+            return contextlib.closing(_CountedFile(self.path_or_fileobj, self.count_up_to))
+
+        def count_up_to(self, position: int) -> None:
+            """Bytes up to `position` have gone; what goes a second time counts once."""
+            if position > self.counted:
+                self.advance(position - self.counted)
+                self.counted = position
+
+        def finish(self) -> None:
+            """All of it has gone, one way or the other."""
+            if not _counts_xet(self):
+                self.count_up_to(self.upload_info.size)
+
+    return CountedAddition
+
+
+def _counts_xet(operation: Any) -> bool:
+    """Whether Xet's own progress has counted this file."""
+    runtime = importlib.import_module("huggingface_hub.utils._runtime")
+    return (
+        getattr(operation, "_upload_mode", None) == "lfs"
+        and isinstance(operation.path_or_fileobj, str)
+        and bool(runtime.is_xet_available())
+    )
+
+
+class _CountedFile(io.FileIO):
+    """A file that tells how far it was read."""
+
+    def __init__(self, path: str, position: Callable[[int], None]) -> None:
+        super().__init__(path, "rb")
+        self._position = position
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(-1 if size is None else size) or b""
+        self._position(self.tell())
+        return data
+
+
+@contextlib.contextmanager
+def _xet_progress(advance: Advance) -> Iterator[None]:
+    """Hear how far Xet's uploads are, in place of the client's own bars; silence all others.
+
+    The client offers no other way; where a version lacks the names replaced here, the progress of
+    large files is seen only when they are done.
+    """
+    bars: Any = importlib.import_module("huggingface_hub.utils")
+    reporters: Any = importlib.import_module("huggingface_hub.utils._xet_progress_reporting")
+
+    class Reporter:
+        """Counts the bytes that Xet has processed."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            self._done = 0
+
+        def update_progress(self, report: Any, *_: Any) -> None:
+            done = int(getattr(report, "total_bytes_completed", 0))
+            advance(max(0, done - self._done))
+            self._done = max(self._done, done)
+
+        def close(self, *_: Any) -> None:
+            """Nothing is left open."""
+
+    original = reporters.XetUploadProgressReporter
+    disabled = bars.are_progress_bars_disabled
+    reporters.XetUploadProgressReporter = Reporter
+    bars.are_progress_bars_disabled = lambda *_: False
+    bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        reporters.XetUploadProgressReporter = original
+        bars.are_progress_bars_disabled = disabled
+
+
+# ── downloading ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Download(NamedTuple):
+    """A remote file and where it goes."""
+
+    remote: RemoteFile
+    target: Path
+
+
+def compare_download(downloads: Sequence[Download], hashes: HashCache, force: bool) -> list[Step]:
+    """Decide about each file.
+
+    fetch: missing here, an older download, or force · keep: the same content · refuse: changed
+    here since it was downloaded, or never downloaded.
+    """
+    steps = []
+    for remote, target in downloads:
+        action, reason = "fetch", "new"
+        if target.is_dir():
+            action, reason = "refuse", "a folder is in its place"
+        elif target.is_symlink() or target.exists():
+            action, reason = _about_existing(remote, target, hashes, force)
+        steps.append(Step(remote.path, remote.size, action, reason))
+    return steps
+
+
+def _about_existing(
+    remote: RemoteFile, target: Path, hashes: HashCache, force: bool
+) -> tuple[str, str]:
+    with local_errors(target):
+        if target.is_file() and remote.is_same(target, hashes):
+            return "keep", "unchanged"
+        if force:
+            return "fetch", "changed, and --force"
+        received = hashes.received(target)
+        if target.is_file() and received and received in _digests(target, hashes, received):
+            return "fetch", "changed on the Hub"
+    return "refuse", "changed here" if received else "another content is here"
+
+
+def _digests(target: Path, hashes: HashCache, like: str) -> tuple[str, ...]:
+    return (hashes.sha256(target) if len(like) == 64 else hashes.git_oid(target),)
+
+
+class Fetcher:
+    """Brings files of one commit here: .part, content check, rename; several at a time."""
+
+    def __init__(self, repo: HubRepo, commit: str, hashes: HashCache, progress: Progress) -> None:
+        self._repo, self._commit, self._hashes, self._progress = repo, commit, hashes, progress
+        self._lock = threading.Lock()
+        self._stopped = False
+        self.moved = 0
+        self.failures: list[tuple[Download, CloudError]] = []
+
+    def fetch(self, downloads: Sequence[Download]) -> None:
+        """Fetch all; one that fails does not stop the others, unless they would fail as well."""
+        if not downloads:
+            return
+        parents = sorted({download.target.parent for download in downloads})
+        for folder in parents:
+            with local_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+        total = sum(download.remote.size for download in downloads)
+        held = sum(self._held(download) for download in downloads)
+        require_space(free_space(parents[0]), total - held, parents[0])
+        jobs = iter(downloads)
+        self._progress.begin("fetching", total)
+        try:
+            threads = min(DOWNLOAD_THREADS, len(downloads))
+            workers = [in_background(lambda: self._work(jobs)) for _ in range(threads)]
+            for worker in workers:
+                worker.result()
+        finally:
+            self._stopped = True
+            self._progress.end()
+
+    def _work(self, jobs: Iterator[Download]) -> None:
+        while not self._stopped:
+            with self._lock:
+                download = next(jobs, None)
+            if download is None:
+                return
+            try:
+                self._repo.wire.patiently(lambda: self._fetch(download))  # noqa: B023 - used at once
+            except CloudError as error:
+                self.failures.append((download, error))
+                if isinstance(error, (DiskFullError, AccessError, ConnectError)):
+                    self._stopped = True
+            except BaseException:
+                self._stopped = True
+                raise
+
+    @staticmethod
+    def _part(download: Download) -> Path:
+        target = download.target
+        return target.with_name(part_name(target.name, download.remote.digest))
+
+    def _held(self, download: Download) -> int:
+        with contextlib.suppress(OSError):
+            return os.stat(self._part(download)).st_size
+        return 0
+
+    def _fetch(self, download: Download) -> None:
+        """Fetch one file, from where an earlier run stopped."""
+        remote, target = download
+        if remote.size > MAX_PLAIN_DOWNLOAD_BYTES:
+            raise RefusedError(
+                f"{printable(remote.path)} has {human_bytes(remote.size)}; the Hub serves at most"
+                " 50 GB over plain HTTP",
+                f"hf download {self._repo.name} {printable(remote.path)}",
+            )
+        part = self._part(download)
+        with local_errors(target), open_for_update(part) as stream:
+            lock_part(stream, target)
+            if not self._fill(stream, remote) and not self._fill(stream, remote):
+                raise IntegrityError(
+                    f"{printable(remote.path)} arrived with other content than the Hub lists",
+                    "run the same command again: it starts this file anew",
+                )
+            if remote.size >= MIB:
+                os.fsync(stream.fileno())
+            os.replace(part, target)
+            status = os.fstat(stream.fileno())
+        kind = "sha256" if remote.sha256 else "git"
+        self._hashes.remember(target, kind, status, remote.digest)
+        self._hashes.remember_received(target, remote.digest)
+
+    def _fill(self, stream: Any, remote: RemoteFile) -> bool:
+        """Complete the file; say whether its content is right, or nothing of it is kept."""
+        digest = _digest_of(remote)
+        held = min(os.fstat(stream.fileno()).st_size, remote.size)
+        buffer = bytearray(MIB)
+        stream.seek(0)
+        for start in range(0, held, MIB):
+            view = memoryview(buffer)[: min(MIB, held - start)]
+            digest.update(view[: stream.readinto(view)])
+        self._progress.advance(held)
+        stream.truncate(held)
+        try:
+            if held < remote.size:
+                held = self._receive(stream, remote, held, digest, buffer)
+        except BaseException:
+            self._progress.advance(-stream.tell())  # the next attempt counts what is there again
+            raise
+        right = bool(digest.hexdigest() == remote.digest)
+        if not right:
+            self._progress.advance(-held)
+            stream.truncate(0)
+        return right
+
+    def _receive(
+        self, stream: Any, remote: RemoteFile, at: int, digest: Any, buffer: bytearray
+    ) -> int:
+        """Read the rest of a file from byte `at` on; returns how much is there now."""
+        wire, start = self._repo.wire, at
+        with wire.get(self._repo.file_url(remote.path, self._commit), at) as response:
+            if at and not _answers_from(response, at):
+                stream.truncate(0)  # the next attempt asks for all of it
+                raise LinkLostError("the Hub answers with another range", SAME_COMMAND)
+            view = memoryview(buffer)
+            while at < remote.size:
+                if self._stopped:
+                    raise LinkLostError("stopped", SAME_COMMAND)
+                with wire.reading():
+                    count = response.readinto(view[: min(MIB, remote.size - at)])
+                if not count:
+                    raise LinkLostError("lost the Hub: the answer is cut short", SAME_COMMAND)
+                write_all(stream, view[:count])
+                digest.update(view[:count])
+                at += count
+                self._progress.advance(count)
+            with wire.reading():
+                if response.read(1):
+                    raise IntegrityError(
+                        f"{printable(remote.path)} is longer than the Hub lists", SAME_COMMAND
+                    )
+        with self._lock:
+            self.moved += at - start
+        return at
+
+
+def _answers_from(response: http.client.HTTPResponse, start: int) -> bool:
+    given = response.headers.get("Content-Range") or ""
+    return response.status == 206 and given.startswith(f"bytes {start}-")
+
+
+def _digest_of(remote: RemoteFile) -> Any:
+    hashlib = importlib.import_module("hashlib")
+    if remote.sha256:
+        return hashlib.sha256()
+    digest = hashlib.sha1(usedforsecurity=False)
+    digest.update(b"blob %d\0" % remote.size)
+    return digest
