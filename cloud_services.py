@@ -796,7 +796,9 @@ def plan_folder(folder: str | Path, flag: str, exclude: Sequence[str] = ()) -> P
         raise NotFoundError(
             f"{printable(folder)} holds no files to send", f"fill it, or name another with {flag}"
         )
-    return tree.plan("")
+    plan = tree.plan("")
+    left_out = (LeftOut(name.removeprefix("workspace/"), why) for name, why in plan.left_out)
+    return dataclasses.replace(plan, left_out=tuple(left_out))
 
 
 class _Tree:
@@ -1964,6 +1966,8 @@ class HubUploadResult:
     repo_id: str
     url: str
     commit: str
+    restore: str
+    """The command line that fetches it."""
     steps: tuple[Step, ...]
     commits: int = 0
     sent_files: int = 0
@@ -1990,6 +1994,7 @@ class HubDownloadResult:
     """Bytes of this run alone."""
     failures: tuple[str, ...] = ()
     dry_run: bool = False
+    compared_only: bool = False
     seconds: float = 0.0
 
     def __bool__(self) -> bool:
@@ -2161,7 +2166,8 @@ class HuggingFaceUploader(_HuggingFace):
             goes = self._deletable(plan, owned or (root,))
             steps = compare_upload(uploads, seen.files, hashes, seen.commit, goes)
             result = HubUploadResult(
-                self.settings.repo_id, self._repo.url, steps.commit, steps.steps,
+                self.settings.repo_id, self._repo.url, steps.commit,
+                _hub_restore(kind.name, self.settings), steps.steps,
                 left_out=plan.left_out, dry_run=self.dry_run, seconds=time.monotonic() - started,
             )  # fmt: skip
             if self.dry_run:
@@ -2278,8 +2284,18 @@ class HuggingFaceUploader(_HuggingFace):
             existing, title=f"{kind.title}: {repo_id.partition('/')[2]}",
             summary=f"{kind.title} sent by cloud_services.",
             configs=[CardConfig(name, splits) for name, splits in configs], files=files,
-            restore=f"python cloud_services.py hf-download-{kind.name} --repo-id {repo_id}",
+            restore=_hub_restore(kind.name, self.settings),
         )  # fmt: skip
+
+
+def _hub_restore(kind: str, settings: HubSettings) -> str:
+    """The command line that fetches what an upload sent."""
+    words = [f"python cloud_services.py hf-download-{kind} --repo-id {settings.repo_id}"]
+    if settings.revision != "main":
+        words.append(f"--revision {shlex.quote(settings.revision)}")
+    if kind == HUB_RESULTS.name and settings.repo_type != "model":
+        words.append(f"--repo-type {settings.repo_type}")
+    return " ".join(words)
 
 
 def _require_analysis(names: set[str], folder: str | Path) -> None:
@@ -2358,7 +2374,7 @@ class HuggingFaceDownloader(_HuggingFace):
             )  # fmt: skip
             if self.verify:
                 wrong = [f"{s.path}: {_difference(s)}" for s in steps if s.action != "keep"]
-                return dataclasses.replace(result, failures=tuple(wrong))
+                return dataclasses.replace(result, failures=tuple(wrong), compared_only=True)
             if self.dry_run:
                 return result
             _require_no_local_change(steps, folder)
@@ -2975,7 +2991,7 @@ def hf_upload_ticks(args: argparse.Namespace, console: Console) -> Outcome:
     """
     uploader = _hub_uploader(args, console)
     return _hub_upload_outcome(
-        uploader.upload_hf_ticks(args.ticks_dir, args.commit_message), "ticks", console
+        uploader.upload_hf_ticks(args.ticks_dir, args.commit_message), console
     )
 
 
@@ -2995,7 +3011,7 @@ def hf_upload_training(args: argparse.Namespace, console: Console) -> Outcome:
     result = _hub_uploader(args, console).upload_hf_training_data(
         args.include_scalers, args.include_cache, args.commit_message
     )
-    return _hub_upload_outcome(result, "training", console)
+    return _hub_upload_outcome(result, console)
 
 
 @command(
@@ -3011,7 +3027,7 @@ def hf_upload_features(args: argparse.Namespace, console: Console) -> Outcome:
     result = _hub_uploader(args, console).upload_hf_feature_analysis(
         args.analysis_dir, args.commit_message
     )
-    return _hub_upload_outcome(result, "features", console)
+    return _hub_upload_outcome(result, console)
 
 
 @command(
@@ -3020,7 +3036,7 @@ def hf_upload_features(args: argparse.Namespace, console: Console) -> Outcome:
 def hf_upload_results(args: argparse.Namespace, console: Console) -> Outcome:
     """Send checkpoints, metrics and scalers to a models repository on the Hub."""
     result = _hub_uploader(args, console).upload_hf_results(args.commit_message)
-    return _hub_upload_outcome(result, "results", console)
+    return _hub_upload_outcome(result, console)
 
 
 @command("hf-download-ticks", *HUB_DOWNLOAD, _local_dir("workspace/raw_data/ticks"))
@@ -3095,7 +3111,7 @@ def _hub_downloader(args: argparse.Namespace, console: Console) -> HuggingFaceDo
     )  # fmt: skip
 
 
-def _hub_upload_outcome(result: HubUploadResult, kind: str, console: Console) -> Outcome:
+def _hub_upload_outcome(result: HubUploadResult, console: Console) -> Outcome:
     _list_left_out(result.left_out, console)
     kept = sum(step.action == "keep" for step in result.steps)
     if result.dry_run:
@@ -3111,8 +3127,7 @@ def _hub_upload_outcome(result: HubUploadResult, kind: str, console: Console) ->
         if result.deleted:
             rows.append(("removed", f"{result.deleted:,} files"))
         rows.append(("verified", "every file's hash as the Hub lists it"))
-    following = f"python cloud_services.py hf-download-{kind} --repo-id {result.repo_id}"
-    return Outcome(result, rows, next_command=following)
+    return Outcome(result, rows, next_command=result.restore)
 
 
 def _step_lines(steps: Sequence[Step]) -> Iterator[str]:
@@ -3131,11 +3146,10 @@ def _hub_download_outcome(result: HubDownloadResult) -> Outcome:
     if kept:
         rows.append(("unchanged", f"{kept:,} files"))
     rows += [("failed", printable(failure)) for failure in result.failures]
-    compared = not result.fetched_files and result.failures and result.seconds
     if result:
         rows.append(("verified", "every file's hash"))
         return Outcome(result, rows)
-    exit_code = ExitCode.INTEGRITY if compared else ExitCode.PARTIAL
+    exit_code = ExitCode.INTEGRITY if result.compared_only else ExitCode.PARTIAL
     return Outcome(result, rows, exit_code=exit_code)
 
 

@@ -22,6 +22,7 @@ import ssl
 import threading
 import time
 import urllib.parse
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -558,7 +559,8 @@ class HubRepo:
         """Make one commit on `parent`; return its id. Raises ParentMovedError, LinkLostError."""
         while True:
             try:
-                with _client_errors(self.settings):
+                with _client_errors(self.settings), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # about the card's metadata, of no use here
                     done = self.api.create_commit(
                         self.name, operations, commit_message=message, parent_commit=parent,
                         repo_type=self.settings.repo_type, revision=self.settings.revision,
@@ -721,7 +723,8 @@ class UploadRun:
         """Send and delete what the plan says about the files it saw; return the last commit."""
         deletions = plan.paths("delete")
         first = [(plan, remote)]
-        self._progress.begin("sending", plan.bytes("send"))
+        count = len(plan.paths("send"))
+        self._progress.begin(f"sending {count:,} files", plan.bytes("send"))
         try:
             return with_retries(
                 lambda: self._attempt(*(first.pop() if first else self._look()), deletions)
@@ -1010,7 +1013,7 @@ class Fetcher:
         held = sum(self._held(download) for download in downloads)
         require_space(free_space(parents[0]), total - held, parents[0])
         jobs = iter(downloads)
-        self._progress.begin("fetching", total)
+        self._progress.begin(f"fetching {len(downloads):,} files", total)
         try:
             threads = min(DOWNLOAD_THREADS, len(downloads))
             workers = [in_background(lambda: self._work(jobs)) for _ in range(threads)]
