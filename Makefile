@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := cloud_services.py benchmarks tests docs
 
 .PHONY: setup demo test servers lint bench docs clean
 

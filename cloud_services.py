@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Move machine-learning data between a workspace and a rented GPU box, verified and resumable.
+"""Move machine-learning data between a workspace, a GPU box and the Hub: verified, resumable.
 
     python cloud_services.py create-training-archive --workspace workspace
     python cloud_services.py upload-training --host gpu.example.com --user paperspace --extract
-    python cloud_services.py list-remote-files --host gpu.example.com --path /storage/
     python cloud_services.py download-results --host gpu.example.com --path '/storage/results_*'
+    python cloud_services.py hf-upload-training --repo-id username/xauusd-training-data
 
 A final file name always means verified content; everything unfinished is a hidden ``.part`` file,
 and the same command continues it.
@@ -22,9 +22,9 @@ if __name__ == "__main__":
     import sys
 
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))
-    from cloud_services import main as importable_main
+    from cloud_services import command_line as importable_command_line
 
-    sys.exit(importable_main())
+    importable_command_line()
 
 import argparse
 import contextlib
@@ -260,6 +260,14 @@ def need(module: str, package: str = "") -> Any:
         ) from error
 
 
+def require_installed(module: str) -> None:
+    """Raise what `need` would, without the time that the import takes."""
+    with contextlib.suppress(ImportError):
+        if importlib.util.find_spec(module) is not None:
+            return
+    need(module)
+
+
 def dotenv_settings() -> dict[str, str]:
     """The variables of `.env` in the current folder: parsed, never sourced, never exported."""
     if not Path(".env").is_file():
@@ -361,10 +369,16 @@ class HubSettings:
                 "the Hugging Face token holds characters that no token has",
                 "copy it again from your Hugging Face settings",
             )
-        if not re.match(r"https?://[^/]", self.endpoint):
+        if not _is_web_address(self.endpoint):
             raise AccessError(
-                f"HF_ENDPOINT is no http address: {printable(self.endpoint)}", "unset HF_ENDPOINT"
+                "HF_ENDPOINT is no http address of a Hub",
+                "unset HF_ENDPOINT, or set it to https://host",
             )
+
+
+def _is_web_address(text: str) -> bool:
+    """Whether it names a host over http, with a port at most: no login, no oddities."""
+    return bool(re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[\w./-]*)?", text))
 
 
 HUB_REPO_TYPES = ("dataset", "model")
@@ -2030,6 +2044,8 @@ class _Seen(NamedTuple):
 
     commit: str
     files: Mapping[str, RemoteFile]
+    tags: Mapping[str, str]
+    """Name → commit; only asked for when a tag is to be made."""
 
 
 class HuggingFaceUploader(_HuggingFace):
@@ -2054,8 +2070,7 @@ class HuggingFaceUploader(_HuggingFace):
         gone here. approve: sees the plan before anything is sent, and may raise RefusedError.
         settings: fields of HubSettings (endpoint, timeout). Raises MissingPackageError, UsageError.
         """
-        if importlib.util.find_spec("huggingface_hub") is None:
-            need("huggingface_hub")
+        require_installed("huggingface_hub")
         super().__init__(repo_id, token, repo_type, revision, progress, settings)
         self.private, self.create, self.tag = private, create, tag
         self.exclude, self.delete, self.parquet = tuple(exclude), delete, parquet
@@ -2158,6 +2173,7 @@ class HuggingFaceUploader(_HuggingFace):
         from hf_transport import UploadRun, compare_upload, require_within_limits
 
         started = time.monotonic()
+        plan = _without_cache_folders(plan)
         with self._hashes() as hashes:
             hashes.load(plan.workspace)
             uploads = self._uploads(plan, root, hashes)
@@ -2165,6 +2181,8 @@ class HuggingFaceUploader(_HuggingFace):
             require_within_limits(uploads, seen.files)
             goes = self._deletable(plan, owned or (root,))
             steps = compare_upload(uploads, seen.files, hashes, seen.commit, goes)
+            busy = bool(steps.paths("send") or steps.paths("delete"))
+            self._require_free_tag(seen, busy)
             result = HubUploadResult(
                 self.settings.repo_id, self._repo.url, steps.commit,
                 _hub_restore(kind.name, self.settings), steps.steps,
@@ -2177,7 +2195,7 @@ class HuggingFaceUploader(_HuggingFace):
             if not seen.commit:
                 seen = self._create()
                 steps = compare_upload(uploads, seen.files, hashes, seen.commit, goes)
-            busy = bool(steps.paths("send") or steps.paths("delete"))
+                busy = bool(steps.paths("send"))
             wants_card = self.card and (busy or "README.md" not in seen.files)
             make_card = functools.partial(self._card, kind, uploads, configs, hashes)
             run = UploadRun(
@@ -2188,8 +2206,8 @@ class HuggingFaceUploader(_HuggingFace):
             if busy or wants_card:
                 commit = run.carry_out(steps, seen.files)
                 run.verify(commit)
-            if self.tag:
-                self._repo.tag(self.tag, commit)
+            if self.tag and self.tag not in seen.tags:
+                self._repo.call("create_tag", tag=self.tag, revision=commit, exist_ok=True)
         return dataclasses.replace(
             result, commit=commit, commits=len(run.commits), sent_files=run.sent_files,
             sent_bytes=run.sent_bytes, deleted=len(steps.paths("delete")),
@@ -2237,7 +2255,8 @@ class HuggingFaceUploader(_HuggingFace):
                 return False
             below = path.removeprefix("workspace/" if root.startswith("workspace/") else root)
             excluded = any(excluded_by(below, pattern) for pattern in self.exclude)
-            return not excluded and below not in left_out
+            ours = not secret_part(below) and posixpath.basename(below) != ".gitkeep"
+            return ours and not excluded and below not in left_out
 
         return goes
 
@@ -2260,8 +2279,21 @@ class HuggingFaceUploader(_HuggingFace):
         except NotFoundError:
             if not self.create:
                 raise
-            return _Seen("", {})
-        return _Seen(commit, self._repo.files(commit))
+            return _Seen("", {}, {})
+        if self.private is False and info.get("private"):
+            log.warning(
+                "%s is private and stays so: --public is for a new repository", self._repo.name
+            )
+        return _Seen(commit, self._repo.files(commit), self._repo.tags() if self.tag else {})
+
+    def _require_free_tag(self, seen: _Seen, busy: bool) -> None:
+        """A tag may name the commit that is there already, not one that is about to be left."""
+        named = seen.tags.get(self.tag or "")
+        if named and (busy or named != seen.commit):
+            raise RefusedError(
+                f"the tag {printable(self.tag)} names another commit of {self._repo.name}",
+                "choose another --tag",
+            )
 
     def _create(self) -> _Seen:
         """Make the repository, a private one unless asked otherwise, and the branch."""
@@ -2269,7 +2301,7 @@ class HuggingFaceUploader(_HuggingFace):
         if self.settings.revision != "main":
             self._repo.call("create_branch", branch=self.settings.revision, exist_ok=True)
         commit = self._repo.head()
-        return _Seen(commit, self._repo.files(commit))
+        return _Seen(commit, self._repo.files(commit), {})
 
     def _card(
         self, kind: HubKind, uploads: Sequence[Upload],
@@ -2286,6 +2318,20 @@ class HuggingFaceUploader(_HuggingFace):
             configs=[CardConfig(name, splits) for name, splits in configs], files=files,
             restore=_hub_restore(kind.name, self.settings),
         )  # fmt: skip
+
+
+def _without_cache_folders(plan: Plan) -> Plan:
+    """The plan without .cache folders, which `hf download` makes and the Hub takes from nobody."""
+    files = [file for file in plan.files if ".cache" not in file.below.split("/")]
+    taken = set(files)
+    left_out = [
+        LeftOut(file.below, "the Hub takes no .cache folders")
+        for file in plan.files
+        if file not in taken
+    ]
+    return dataclasses.replace(
+        plan, files=tuple(files), left_out=tuple(sorted([*plan.left_out, *left_out]))
+    )
 
 
 def _hub_restore(kind: str, settings: HubSettings) -> str:
@@ -3417,6 +3463,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         gc.set_threshold(*collecting)
         if handled:
             signal.signal(signal.SIGTERM, before)
+
+
+def command_line() -> NoReturn:
+    """Run as a program: an interrupted one ends at once, whatever threads a library still has."""
+    code = main()
+    if code in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(argv: Sequence[str] | None) -> int:
