@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import email.message
+import functools
+import hashlib
 import http.client
 import importlib
 import importlib.util
@@ -24,6 +26,8 @@ import time
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +77,9 @@ MAX_REGULAR_BYTES = 10_000_000
 COMMIT_FILES, COMMIT_REGULAR_BYTES, COMMIT_BYTES = 500, 24_000_000, 4_000_000_000
 """One commit takes at most so many files, bytes in its own body, and bytes at all."""
 
+READ_AT_ONCE_BYTES = MIB
+"""A file of at most this size is read once, to be hashed and sent from memory."""
+
 DOWNLOAD_THREADS = 8
 CSV_IN_LFS = "*.csv filter=lfs diff=lfs merge=lfs -text"
 LFS_CSV_BYTES = 1_000_000
@@ -90,19 +97,24 @@ class ParentMovedError(LinkLostError):
 class RateLimitedError(TransferError):
     """The Hub wants a pause of `seconds`."""
 
-    def __init__(self, message: str, seconds: float) -> None:
-        super().__init__(message, SAME_COMMAND)
+    def __init__(self, seconds: float) -> None:
+        super().__init__("the Hub's rate limit is reached", SAME_COMMAND)
         self.seconds = seconds
 
 
-def _status_error(settings: HubSettings, status: int, headers: Headers, text: str) -> CloudError:
-    """What an answer with an HTTP error status means."""
-    said = printable(headers.get("X-Error-Message") or text)[:300]
+def _status_error(
+    settings: HubSettings, status: int, headers: Headers, text: str, url: str, doing: str
+) -> CloudError:
+    """What an answer with an HTTP error status means to one who is `doing` "read" or "write"."""
+    said = _without_token(settings, headers.get("X-Error-Message") or text)[:300]
     if status == 429:
-        return RateLimitedError("the Hub's rate limit is reached", _pause_asked_for(headers))
+        return RateLimitedError(_pause_asked_for(headers))
+    if status in (401, 403, 404, 410) and _origin(url) != _origin(settings.endpoint):
+        # A signed address that has expired, most likely: the next attempt gets a new one.
+        return LinkLostError(f"the Hub's storage has status {status}: {said}", SAME_COMMAND)
     return (
         _known_code(settings, headers.get("X-Error-Code") or "", status, said)
-        or _refusal(settings, status, said)
+        or _refusal(settings, status, said, doing)
         or _passing_trouble(settings, status, said)
     )
 
@@ -126,7 +138,7 @@ def _known_code(settings: HubSettings, code: str, status: int, said: str) -> Clo
     return None
 
 
-def _refusal(settings: HubSettings, status: int, said: str) -> CloudError | None:
+def _refusal(settings: HubSettings, status: int, said: str, doing: str) -> CloudError | None:
     """What no second try would change."""
     where = f"{settings.endpoint}/settings/tokens"
     if status == 401:
@@ -134,8 +146,9 @@ def _refusal(settings: HubSettings, status: int, said: str) -> CloudError | None
         return AccessError(f"{settings.endpoint} {why}", f"make one at {where}: export HF_TOKEN=…")
     if status == 403:
         return AccessError(
-            f"the token may not write to {settings.repo_id}: {said or 'forbidden'}",
-            f"make a token with the role 'write' at {where}: export HF_TOKEN=…",
+            f"the token may not {doing} {'to ' * (doing == 'write')}{settings.repo_id}:"
+            f" {said or 'forbidden'}",
+            f"make a token with the role '{doing}' at {where}: export HF_TOKEN=…",
         )
     if status == 404:
         return _missing_repo(settings)
@@ -172,9 +185,14 @@ def _pause_asked_for(headers: Headers) -> float:
     return float(min(max(seconds, 1), 3600))
 
 
+_ours: ContextVar[bool] = ContextVar("_ours", default=False)
+"""Whether a request of huggingface_hub is made for us, in this thread."""
+
+
 @contextlib.contextmanager
 def _client_errors(settings: HubSettings) -> Iterator[None]:
     """Turn what huggingface_hub raises into CloudErrors; what is unknown stays loud."""
+    before = _ours.set(True)
     try:
         yield
     except CloudError:
@@ -184,44 +202,56 @@ def _client_errors(settings: HubSettings) -> Iterator[None]:
         if translated is None:
             raise
         raise translated from error
+    finally:
+        _ours.reset(before)
 
 
 def _translated(settings: HubSettings, error: BaseException) -> CloudError | None:
     hub = need("huggingface_hub")
-    wire = importlib.import_module("huggingface_hub.utils").httpx
+    client: Any = importlib.import_module("huggingface_hub.utils._http")
+    wire = getattr(client, "httpx2", None) or client.httpx  # 2.x and 1.x
     response = getattr(error, "response", None)
     if response is not None:
         said = str(getattr(error, "server_message", "") or "")
-        return _status_error(settings, response.status_code, response.headers, said)
+        url = str(response.request.url)
+        return _status_error(settings, response.status_code, response.headers, said, url, "write")
     if isinstance(error, hub.errors.OfflineModeIsEnabled):
         return ConnectError("HF_HUB_OFFLINE is set: nothing is sent", "unset HF_HUB_OFFLINE")
     if isinstance(error, wire.ConnectError):
-        return _unreachable(settings, error)
+        return _unreachable(settings, error, settings.endpoint)
     if isinstance(error, (wire.HTTPError, wire.TimeoutException)):
-        return LinkLostError(f"lost the Hub: {_plain_text(error)}", SAME_COMMAND)
+        return LinkLostError(f"lost the Hub: {_plain_text(settings, error)}", SAME_COMMAND)
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         with local_errors(str(error.filename)):
             raise error
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        return _translated(settings, error.__cause__)
+        cause = error.__cause__
+        return cause if isinstance(cause, CloudError) else _translated(settings, cause)
     if isinstance(error, (RuntimeError, ConnectionError, TimeoutError)):  # hf_xet's own
-        return LinkLostError(f"the Hub's storage failed: {_plain_text(error)}", SAME_COMMAND)
+        text = _plain_text(settings, error)
+        return LinkLostError(f"the Hub's storage failed: {text}", SAME_COMMAND)
     if isinstance(error, ValueError) and "LFS" in str(error):
-        return TransferError(f"the Hub's storage refuses: {_plain_text(error)}", SAME_COMMAND)
+        text = _plain_text(settings, error)
+        return TransferError(f"the Hub's storage refuses: {text}", SAME_COMMAND)
     return None
 
 
-def _unreachable(settings: HubSettings, error: BaseException) -> ConnectError:
+def _unreachable(settings: HubSettings, error: BaseException, where: str) -> ConnectError:
     return ConnectError(
-        f"{settings.endpoint} cannot be reached: {_plain_text(error)}",
+        f"{printable(where)} cannot be reached: {_plain_text(settings, error)}",
         "check the network, and HF_ENDPOINT if it is set",
     )
 
 
-def _plain_text(error: BaseException) -> str:
-    """An error's text without the signed part of any address in it."""
+def _plain_text(settings: HubSettings, error: BaseException) -> str:
+    """An error's text without the token, and without the signed part of any address in it."""
     text = str(error) or type(error).__name__
-    return printable(re.sub(r"\?[^\s'\")]+", "?…", text.split("\n")[0]))[:300]
+    return _without_token(settings, re.sub(r"\?[^\s'\")]+", "?…", text.split("\n")[0]))[:300]
+
+
+def _without_token(settings: HubSettings, text: str) -> str:
+    """What somebody else said, for people to read: it may have been said with our token in it."""
+    return printable(text.replace(settings.token, "…") if settings.token else text)
 
 
 # ── reading over HTTP ────────────────────────────────────────────────────────────────────────────
@@ -231,6 +261,7 @@ class _Wire:
     """GET requests: each thread keeps its connections, the token goes to the Hub alone."""
 
     REDIRECTS = 5
+    PAUSES = 20
 
     def __init__(self, settings: HubSettings) -> None:
         self._settings = settings
@@ -261,9 +292,15 @@ class _Wire:
                 return response.read(), response.headers
 
         content, headers = self.patiently(attempt)
-        try:
+        with self.understanding():
             return json.loads(content), headers
-        except ValueError as error:
+
+    @contextlib.contextmanager
+    def understanding(self) -> Iterator[None]:
+        """Around looking into a document: one of another shape is none of the Hub's."""
+        try:
+            yield
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise TransferError(
                 f"{self._settings.endpoint} does not answer as the Hub does",
                 "check HF_ENDPOINT, and whether a proxy or a login page is in between",
@@ -280,12 +317,17 @@ class _Wire:
 
     def patiently(self, attempt: Callable[[], T]) -> T:
         """Call `attempt`; again after a lost link, and after the pause that the Hub asks for."""
-        while True:
+        return self.in_turn(lambda: with_retries(attempt))
+
+    def in_turn(self, attempt: Callable[[], T]) -> T:
+        """Call `attempt`; again after the pause that the Hub asks for, but not for ever."""
+        for _ in range(self.PAUSES):
             self.wait_for_turn()
             try:
-                return with_retries(attempt)
+                return attempt()
             except RateLimitedError as error:
                 self.hold(error.seconds)
+        raise TransferError("the Hub's rate limit stays reached", SAME_COMMAND)
 
     def hold(self, seconds: float) -> None:
         """Let every thread pause so long."""
@@ -304,34 +346,38 @@ class _Wire:
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         for _ in range(self.REDIRECTS):
             connection, response = self._send(url, headers)
-            if response.status not in (301, 302, 303, 307, 308):
-                self._require_success(connection, response)
-                return connection, response
-            response.read()
-            url = urllib.parse.urljoin(url, response.headers.get("Location") or "")
+            try:
+                with self.reading():
+                    if response.status not in (301, 302, 303, 307, 308):
+                        self._require_success(response, url)
+                        return connection, response
+                    response.read()
+            except BaseException:
+                connection.close()
+                raise
+            with self.understanding():
+                url = urllib.parse.urljoin(url, response.headers.get("Location") or "")
         raise TransferError("the Hub redirects in circles", SAME_COMMAND)
 
-    def _require_success(
-        self, connection: http.client.HTTPConnection, response: http.client.HTTPResponse
-    ) -> None:
+    def _require_success(self, response: http.client.HTTPResponse, url: str) -> None:
         remaining = re.search(r"\br=0\b", response.headers.get("RateLimit") or "")
         if remaining:
             self.hold(_pause_asked_for(response.headers))
         if response.status < 400:
             return
         text = response.read(64 * 1024)
-        connection.close()
         with contextlib.suppress(ValueError, AttributeError):
             text = str(json.loads(text).get("error", "")).encode()
         said = text.decode("utf-8", "replace")
-        raise _status_error(self._settings, response.status, response.headers, said)
+        doing = "write" if url.endswith("/auth-check/write") else "read"
+        raise _status_error(self._settings, response.status, response.headers, said, url, doing)
 
     def _send(
         self, url: str, more: Mapping[str, str]
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """One request over this thread's connection; a stale one is replaced once."""
-        parts = urllib.parse.urlsplit(url)
-        origin = f"{parts.scheme}://{parts.netloc}"
+        with self.understanding():
+            parts, origin = urllib.parse.urlsplit(url), _origin(url)
         headers = {
             "Accept-Encoding": "identity", "User-Agent": f"cloud_services/{__version__}", **more
         }  # fmt: skip
@@ -360,12 +406,13 @@ class _Wire:
         return connections
 
     def _connect(self, scheme: str, netloc: str) -> http.client.HTTPConnection:
-        connection = _open_connection(scheme, netloc, self._settings.timeout)
         try:
+            connection = _open_connection(scheme, netloc, self._settings.timeout)
             connection.connect()
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except (OSError, http.client.HTTPException) as error:
-            raise _unreachable(self._settings, error) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            where = f"{scheme}://{netloc.rpartition('@')[2]}"
+            raise _unreachable(self._settings, error, where) from error
         self._connections[f"{scheme}://{netloc}"] = connection
         return connection
 
@@ -373,7 +420,7 @@ class _Wire:
         if isinstance(error, TimeoutError):
             silent = f"nothing was heard for {self._settings.timeout:g} s"
             return LinkLostError(f"lost the Hub: {silent}", SAME_COMMAND)
-        return LinkLostError(f"lost the Hub: {_plain_text(error)}", SAME_COMMAND)
+        return LinkLostError(f"lost the Hub: {_plain_text(self._settings, error)}", SAME_COMMAND)
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -477,13 +524,15 @@ class HubRepo:
 
     def info(self) -> dict[str, Any]:
         """What the Hub says of the repository. Raises NotFoundError when there is none."""
-        document: dict[str, Any] = self.wire.json(self._api_url)[0]
-        return document
+        with self.wire.understanding():
+            return dict(self.wire.json(self._api_url)[0])
 
     def head(self) -> str:
         """The commit that the revision names now."""
         revision = urllib.parse.quote(self.settings.revision, safe="")
-        return str(self.wire.json(f"{self._api_url}/revision/{revision}")[0]["sha"])
+        document = self.wire.json(f"{self._api_url}/revision/{revision}")[0]
+        with self.wire.understanding():
+            return str(document["sha"])
 
     def files(self, commit: str) -> dict[str, RemoteFile]:
         """Every file at a commit, by its path."""
@@ -491,10 +540,13 @@ class HubRepo:
         url = f"{self._api_url}/tree/{commit}?recursive=true&expand=false"
         while url:
             entries, headers = self.wire.json(url)
-            for entry in entries:
-                if entry["type"] == "file":
-                    file = _remote_file(entry)
-                    found[file.path] = file
+            with self.wire.understanding():
+                if not isinstance(entries, list):
+                    raise TypeError(type(entries))
+                for entry in entries:
+                    if entry["type"] == "file":
+                        file = _remote_file(entry)
+                        found[file.path] = file
             following = re.search(r'<([^>]+)>;\s*rel="next"', headers.get("Link") or "")
             url = urllib.parse.urljoin(url, following[1]) if following else ""
             if url and _origin(url) != _origin(self._api_url):
@@ -533,42 +585,34 @@ class HubRepo:
 
     def call(self, method: str, *args: Any, **options: Any) -> Any:
         """Call a method of the client about this repository, patiently."""
+        return self.wire.patiently(lambda: self.call_once(method, *args, **options))
 
-        def attempt() -> Any:
+    def call_once(self, method: str, *args: Any, **options: Any) -> Any:
+        """Call a method of the client about this repository; only a rate limit is sat out."""
+
+        def ask() -> Any:
             with _client_errors(self.settings):
                 return getattr(self.api, method)(
                     self.name, *args, repo_type=self.settings.repo_type, **options
                 )
 
-        return self.wire.patiently(attempt)
+        # Not in this thread: the client waits for all its own threads after a Ctrl-C.
+        return self.wire.in_turn(lambda: in_background(ask).result())
 
-    def tag(self, name: str, commit: str) -> None:
-        """Give a commit a name. Raises RefusedError when another one has it."""
-        tags = {
-            t["name"]: t["targetCommit"] for t in self.wire.json(f"{self._api_url}/refs")[0]["tags"]
-        }
-        if name in tags and tags[name] != commit:
-            raise RefusedError(
-                f"the tag {printable(name)} names another commit of {self.name}",
-                "choose another --tag",
-            )
-        if name not in tags:
-            self.call("create_tag", tag=name, revision=commit, exist_ok=True)
+    def tags(self) -> dict[str, str]:
+        """The commit that each tag names."""
+        tags = self.wire.json(f"{self._api_url}/refs")[0]["tags"]
+        return {tag["name"]: tag["targetCommit"] for tag in tags}
 
     def commit(self, operations: Sequence[Any], message: str, parent: str) -> str:
         """Make one commit on `parent`; return its id. Raises ParentMovedError, LinkLostError."""
-        while True:
-            try:
-                with _client_errors(self.settings), warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # about the card's metadata, of no use here
-                    done = self.api.create_commit(
-                        self.name, operations, commit_message=message, parent_commit=parent,
-                        repo_type=self.settings.repo_type, revision=self.settings.revision,
-                    )  # fmt: skip
-                return str(done.oid)
-            except RateLimitedError as error:
-                self.wire.hold(error.seconds)
-                self.wire.wait_for_turn()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the card's metadata, of no use here
+            done = self.call_once(
+                "create_commit", operations, commit_message=message, parent_commit=parent,
+                revision=self.settings.revision,
+            )  # fmt: skip
+        return str(done.oid)
 
 
 def _remote_file(entry: Mapping[str, Any]) -> RemoteFile:
@@ -589,10 +633,17 @@ def _limit_waiting(timeout: float) -> None:
         client = make()
         if client.timeout == type(client.timeout)(None):
             client.timeout = timeout
+        client.event_hooks["response"].append(_hear_rate_limit)
         return client
 
     make_with_timeout.limits_waiting = True  # type: ignore[attr-defined]
     hub.set_client_factory(make_with_timeout)
+
+
+def _hear_rate_limit(response: Any) -> None:
+    """The client would wait by itself, in silence; here the pause is seen and kept by all."""
+    if response.status_code == 429 and _ours.get():
+        raise RateLimitedError(_pause_asked_for(response.headers))
 
 
 # ── uploading ────────────────────────────────────────────────────────────────────────────────────
@@ -715,6 +766,7 @@ class UploadRun:
         self._uploads = {upload.path: upload for upload in uploads}
         self._progress = progress
         self._most_files = COMMIT_FILES
+        self._unanswered: tuple[str, Sequence[Upload]] = ("", ())
         self.commits: list[str] = []
         self.sent_files = 0
         self.sent_bytes = 0
@@ -736,7 +788,9 @@ class UploadRun:
         head = self._repo.head()
         remote = self._repo.files(head)
         uploads = tuple(self._uploads.values())
-        return compare_upload(uploads, remote, self._hashes, head, lambda _: False), remote
+        plan = compare_upload(uploads, remote, self._hashes, head, lambda _: False)
+        self._count_unanswered(plan)
+        return plan, remote
 
     def _attempt(
         self, plan: UploadPlan, remote: Mapping[str, RemoteFile], deletions: Sequence[str]
@@ -744,11 +798,14 @@ class UploadRun:
         head = plan.commit
         rest = [self._uploads[path] for path in plan.paths("send")]
         head = self._declare_csv(head, remote, rest)
-        batches = list(self._batches(rest))
-        for batch in batches[:-1]:
-            head = self._commit(self._prepared(batch), batch, head)
-        last = batches[-1] if batches else []
-        operations = self._prepared(last)
+        *batches, last = list(self._batches(rest)) or [[]]
+        committing = in_background(lambda: head)
+        for batch in batches:
+            operations = self._prepared_beside(committing, batch)
+            commit = functools.partial(self._commit, operations, batch, committing.result())
+            committing = in_background(commit)
+        operations = self._prepared_beside(committing, last)
+        head = committing.result()
         operations += [self._deletion(path) for path in deletions if path in remote]
         operations += self._new_card(head, remote)
         return self._commit(operations, last, head) if operations else head
@@ -767,6 +824,14 @@ class UploadRun:
         if batch:
             yield batch
 
+    def _prepared_beside(self, committing: Future[str], batch: Sequence[Upload]) -> list[Any]:
+        """Prepare a batch while the one before is committed: neither has to wait for the other."""
+        try:
+            return self._prepared(batch)
+        except CloudError:
+            wait([committing])  # the next attempt looks at what it has made
+            raise
+
     def _prepared(self, batch: Sequence[Upload]) -> list[Any]:
         """Commit operations for files whose large content is already in the Hub's storage."""
         if not batch:
@@ -774,19 +839,50 @@ class UploadRun:
         make = _operation_class()
         operations = []
         for upload in batch:
+            self._require_unchanged(upload)
             with _client_errors(self._repo.settings), local_errors(upload.source):
-                operations.append(make(upload.path, upload.source))
+                operations.append(make(upload.path, self._content(upload)))
             operations[-1].advance = self._progress.advance
-        with _xet_progress(self._progress.advance):
-            self._repo.call(
-                "preupload_lfs_files", additions=operations, revision=self._repo.settings.revision
-            )
+        try:
+            self._send_large(operations)
+        except TransferError:
+            for upload in batch:  # the storage refuses what is not what was announced
+                self._require_unchanged(upload)
+            raise
         for upload, operation in zip(batch, operations, strict=True):
-            self._require_unchanged(upload, operation)
+            status, info = self._require_unchanged(upload), operation.upload_info
+            if getattr(info, "is_hashed", True):  # needs no second reading
+                self._hashes.remember(upload.source, "sha256", status, info.sha256.hex())
         return operations
 
-    def _require_unchanged(self, upload: Upload, operation: Any) -> None:
-        """Nothing torn goes into a commit; what the client hashed needs no second reading."""
+    def _content(self, upload: Upload) -> str | bytes:
+        """What the client is to send: a path, or the content of a small file, read only once."""
+        if upload.size > READ_AT_ONCE_BYTES:
+            return _as_it_is(upload.source)
+        with open(upload.source, "rb", buffering=0) as stream:
+            content = stream.readall()
+            status = os.fstat(stream.fileno())
+        digest = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
+        digest.update(content)
+        self._hashes.remember(upload.source, "git", status, digest.hexdigest())
+        return content
+
+    def _send_large(self, operations: Sequence[Any]) -> None:
+        """Bring large contents to the Hub's storage."""
+        revision = self._repo.settings.revision
+        try:
+            with _xet_progress(self._progress.advance):
+                self._repo.call_once("preupload_lfs_files", additions=operations, revision=revision)
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C: Xet would go on in its own threads
+            with contextlib.suppress(ImportError, AttributeError):
+                importlib.import_module("huggingface_hub.utils._xet").abort_xet_session()
+            raise
+
+    @staticmethod
+    def _require_unchanged(upload: Upload) -> os.stat_result:
+        """Nothing torn goes into a commit."""
         with local_errors(upload.source):
             status = os.stat(upload.source)
         if (status.st_size, status.st_mtime_ns) != (upload.size, upload.mtime_ns):
@@ -794,24 +890,35 @@ class UploadRun:
                 f"{printable(upload.source)} changed while it was sent",
                 "wait until nothing writes to it, then run the same command again",
             )
-        info = operation.upload_info
-        if getattr(info, "is_hashed", True):
-            self._hashes.remember(upload.source, "sha256", status, info.sha256.hex())
+        return status
 
     def _commit(self, operations: Sequence[Any], batch: Sequence[Upload], parent: str) -> str:
         try:
             commit = self._repo.commit(operations, self._message, parent)
+        except ParentMovedError:
+            raise
         except LinkLostError:
             self._most_files = max(50, self._most_files // 2)  # a commit may have been too large
+            self._unanswered = parent, batch
             raise
         if commit != parent:
-            self.commits.append(commit)
-        self.sent_files += len(batch)
-        self.sent_bytes += sum(upload.size for upload in batch)
+            self._count(commit, batch)
         for operation in operations:
             if hasattr(operation, "finish"):
                 operation.finish()
         return commit
+
+    def _count(self, commit: str, batch: Sequence[Upload]) -> None:
+        self.commits.append(commit)
+        self.sent_files += len(batch)
+        self.sent_bytes += sum(upload.size for upload in batch)
+
+    def _count_unanswered(self, plan: UploadPlan) -> None:
+        """A commit whose answer was lost may have been made all the same."""
+        (parent, batch), self._unanswered = self._unanswered, ("", ())
+        there = {upload.path for upload in batch} <= set(plan.paths("keep"))
+        if parent and plan.commit != parent and there:
+            self._count(plan.commit, batch)
 
     def _declare_csv(
         self, head: str, remote: Mapping[str, RemoteFile], rest: Sequence[Upload]
@@ -852,11 +959,19 @@ class UploadRun:
                     f"{printable(upload.path)} is not in {self._repo.name} after the upload",
                     "look whether the repository's .gitignore leaves it out",
                 )
-            if not there.is_same(upload.source, self._hashes):
+            if not upload.is_same(there, self._hashes):
                 raise IntegrityError(
                     f"{printable(upload.path)} in {self._repo.name} is not what was sent",
                     "run the same command again",
                 )
+
+
+def _as_it_is(path: str) -> str:
+    """A path that still leads there once the client has shortened it and filled in homes."""
+    if not path.startswith("~") and ".." not in path:
+        return path
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
 
 
 def _operation_class() -> Any:
@@ -890,11 +1005,8 @@ def _operation_class() -> Any:
 def _counts_xet(operation: Any) -> bool:
     """Whether Xet's own progress has counted this file."""
     runtime = importlib.import_module("huggingface_hub.utils._runtime")
-    return (
-        getattr(operation, "_upload_mode", None) == "lfs"
-        and isinstance(operation.path_or_fileobj, str)
-        and bool(runtime.is_xet_available())
-    )
+    large = getattr(operation, "_upload_mode", None) == "lfs"
+    return large and bool(runtime.is_xet_available())
 
 
 class _CountedFile(io.FileIO):
@@ -918,6 +1030,8 @@ def _xet_progress(advance: Advance) -> Iterator[None]:
     large files is seen only when they are done.
     """
     bars: Any = importlib.import_module("huggingface_hub.utils")
+    asking: Any = importlib.import_module("huggingface_hub._commit_api")
+    askers = [m for m in (bars, asking) if hasattr(m, "are_progress_bars_disabled")]  # 2.x and 1.x
     reporters: Any = importlib.import_module("huggingface_hub.utils._xet_progress_reporting")
 
     class Reporter:
@@ -937,13 +1051,15 @@ def _xet_progress(advance: Advance) -> Iterator[None]:
     original = reporters.XetUploadProgressReporter
     disabled = bars.are_progress_bars_disabled
     reporters.XetUploadProgressReporter = Reporter
-    bars.are_progress_bars_disabled = lambda *_: False
     bars.disable_progress_bars()
+    for module in askers:
+        module.are_progress_bars_disabled = lambda *_: False
     try:
         yield
     finally:
         reporters.XetUploadProgressReporter = original
-        bars.are_progress_bars_disabled = disabled
+        for module in askers:
+            module.are_progress_bars_disabled = disabled
 
 
 # ── downloading ──────────────────────────────────────────────────────────────────────────────────
@@ -991,6 +1107,10 @@ def _digests(target: Path, hashes: HashCache, like: str) -> tuple[str, ...]:
     return (hashes.sha256(target) if len(like) == 64 else hashes.git_oid(target),)
 
 
+class HeldError(RefusedError):
+    """Another run is writing this file."""
+
+
 class Fetcher:
     """Brings files of one commit here: .part, content check, rename; several at a time."""
 
@@ -998,11 +1118,13 @@ class Fetcher:
         self._repo, self._commit, self._hashes, self._progress = repo, commit, hashes, progress
         self._lock = threading.Lock()
         self._stopped = False
+        self._ending: CloudError | None = None
+        self._lost = 0
         self.moved = 0
         self.failures: list[tuple[Download, CloudError]] = []
 
     def fetch(self, downloads: Sequence[Download]) -> None:
-        """Fetch all; one that fails does not stop the others, unless they would fail as well."""
+        """Fetch all; one that fails does not stop the others. Raises what they would all meet."""
         if not downloads:
             return
         parents = sorted({download.target.parent for download in downloads})
@@ -1019,9 +1141,36 @@ class Fetcher:
             workers = [in_background(lambda: self._work(jobs)) for _ in range(threads)]
             for worker in workers:
                 worker.result()
+            self._look_again()
         finally:
             self._stopped = True
             self._progress.end()
+        if self._ending is not None:
+            raise self._ending
+        self._sweep(downloads)
+
+    def _look_again(self) -> None:
+        """What another run was writing may be complete by now."""
+        held = [download for download, error in self.failures if isinstance(error, HeldError)]
+        self.failures = [one for one in self.failures if not isinstance(one[1], HeldError)]
+        for remote, target in held if self._ending is None else ():
+            try:
+                with local_errors(target):
+                    if not target.is_file() or not remote.is_same(target, self._hashes):
+                        self._fetch(Download(remote, target))
+            except CloudError as error:
+                self.failures.append((Download(remote, target), error))
+
+    def _sweep(self, downloads: Sequence[Download]) -> None:
+        """Remove what earlier runs left unfinished of other contents; what a run holds stays."""
+        needed = {self._part(download) for download, _ in self.failures}
+        stems: dict[Path, set[str]] = {}
+        for _, target in downloads:
+            stems.setdefault(target.parent, set()).add(_PART_KEY.sub("", part_name(target.name)))
+        for folder, ours in stems.items():
+            for part in set(folder.glob(".*.part")) - needed:
+                if _PART_KEY.sub("", part.name) in ours:
+                    _remove_unless_held(part)
 
     def _work(self, jobs: Iterator[Download]) -> None:
         while not self._stopped:
@@ -1031,13 +1180,21 @@ class Fetcher:
                 return
             try:
                 self._repo.wire.patiently(lambda: self._fetch(download))  # noqa: B023 - used at once
+                self._lost = 0
             except CloudError as error:
-                self.failures.append((download, error))
-                if isinstance(error, (DiskFullError, AccessError, ConnectError)):
-                    self._stopped = True
+                self._note_failure(download, error)
             except BaseException:
                 self._stopped = True
                 raise
+
+    def _note_failure(self, download: Download, error: CloudError) -> None:
+        """Stop all when the others would fail as well: there is no room, no leave, or no Hub."""
+        with self._lock:
+            self.failures.append((download, error))
+            self._lost += isinstance(error, LinkLostError)
+            for_all = isinstance(error, (DiskFullError, AccessError, ConnectError))
+            if not self._stopped and (for_all or self._lost >= DOWNLOAD_THREADS):
+                self._stopped, self._ending = True, error
 
     @staticmethod
     def _part(download: Download) -> Path:
@@ -1060,7 +1217,13 @@ class Fetcher:
             )
         part = self._part(download)
         with local_errors(target), open_for_update(part) as stream:
-            lock_part(stream, target)
+            try:
+                lock_part(stream, target)
+            except RefusedError as error:
+                raise HeldError(str(error), error.hint) from error
+            if not _has_name(stream, part):  # the run that held the lock has finished it
+                self._fetch(download)
+                return
             if not self._fill(stream, remote) and not self._fill(stream, remote):
                 raise IntegrityError(
                     f"{printable(remote.path)} arrived with other content than the Hub lists",
@@ -1109,7 +1272,7 @@ class Fetcher:
             view = memoryview(buffer)
             while at < remote.size:
                 if self._stopped:
-                    raise LinkLostError("stopped", SAME_COMMAND)
+                    raise TransferError("stopped", SAME_COMMAND)
                 with wire.reading():
                     count = response.readinto(view[: min(MIB, remote.size - at)])
                 if not count:
@@ -1128,13 +1291,28 @@ class Fetcher:
         return at
 
 
+def _remove_unless_held(part: Path) -> None:
+    with contextlib.suppress(OSError, RefusedError), open_for_update(part) as stream:
+        lock_part(stream, part)
+        part.unlink()
+
+
+_PART_KEY = re.compile(r"\.[0-9a-f]{12}\.part$")
+
+
+def _has_name(stream: Any, path: Path) -> bool:
+    """Whether an open file still has this name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+    return False
+
+
 def _answers_from(response: http.client.HTTPResponse, start: int) -> bool:
     given = response.headers.get("Content-Range") or ""
     return response.status == 206 and given.startswith(f"bytes {start}-")
 
 
 def _digest_of(remote: RemoteFile) -> Any:
-    hashlib = importlib.import_module("hashlib")
     if remote.sha256:
         return hashlib.sha256()
     digest = hashlib.sha1(usedforsecurity=False)

@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple, cast
 
 from cloud_services import (
+    KIB,
     MIB,
     IntegrityError,
     MissingPackageError,
@@ -104,9 +105,10 @@ def merged_card(
     its comments and order, other people's configs. Where the metadata already says the same, not
     one byte of it changes. Same input, same bytes; merging once more changes nothing.
 
-    `section` names ours among several in one README: each keeps its own configs, and takes out
-    those that it wrote earlier and that are gone. Read and write the file without translating
-    line ends. Raises IntegrityError when the metadata is no valid YAML.
+    `datasets` reads every config of a repository by the file format of the first: let them all be
+    CSV, or all parquet. `section` names ours among several in one README: each keeps its own
+    configs, and takes out those that it wrote earlier and that are gone. Read and write the file
+    without translating line ends. Raises IntegrityError when the metadata is no valid YAML.
     """
     if len({config.name for config in configs}) != len(configs):
         raise UsageError("two configs of the dataset card have the same name")
@@ -567,7 +569,7 @@ def _is_default(entry: Any) -> bool:
 PYARROW_VERSION = 21
 """The first pyarrow that writes content-defined chunks."""
 
-BLOCK_BYTES = 8 * MIB
+BLOCK_BYTES = 4 * MIB
 """A CSV is read in blocks of this size; no row may be longer."""
 
 MAX_HEADER = MIB
@@ -624,7 +626,11 @@ class _Rows:
         return self._digest.hexdigest()
 
     def read(self, count: int) -> bytes:
-        """The next bytes; exactly `count`, up to the end."""
+        """The next bytes: `count` of them up to the end, or a few less.
+
+        None but the last block ends with a carriage return: pyarrow drops a line feed that begins
+        the next one, even between quotes.
+        """
         data, self._before = self._before, b""
         while len(data) < count and self._after:
             block = self._take(count - len(data))
@@ -632,8 +638,9 @@ class _Rows:
                 block = (b"" if self._last in b"\r\n" else b"\n") + self._after
                 self._after = b""
             data += block
-        self._before = data[count:]
-        return data[:count]
+        end = len(data[:count].rstrip(b"\r")) or count
+        self._before = data[end:]
+        return data[:end]
 
     def _take(self, count: int) -> bytes:
         block = self._stream.read(count)
@@ -747,7 +754,7 @@ def _first_bad_line(lines: Iterable[str], columns: int) -> tuple[int, str] | Non
     number = commas = first = size = 0
     quoted = False
     for number, line in enumerate(lines, 1):
-        if any("\udc80" <= char <= "\udcff" for char in line if not line.isascii()):
+        if not line.isascii() and any("\udc80" <= char <= "\udcff" for char in line):
             return number, "it is not UTF-8"
         if not columns or (not quoted and not line.strip("\r\n")):
             continue
@@ -759,9 +766,9 @@ def _first_bad_line(lines: Iterable[str], columns: int) -> tuple[int, str] | Non
             break
         if not quoted and commas + 1 != columns:
             return first, f"{_count(commas + 1)} where the header has {_count(columns)}"
-    if quoted:
-        return first, "a quote is left open in this row"
-    return (first, f"the row is longer than {human_bytes(BLOCK_BYTES)}") if size else None
+    if size >= BLOCK_BYTES:
+        return first, f"the row is longer than {human_bytes(BLOCK_BYTES)}: is a quote left open?"
+    return (first, "a quote is left open in this row") if quoted else None
 
 
 def _commas(line: str, quoted: bool) -> tuple[int, bool]:
@@ -796,7 +803,12 @@ SURE_DIGITS = 15
 
 SURE_EXPONENTS = r"^-?[0-9](\.[0-9]{1,14})?[eE][+-]?([0-9]{1,2}|[12][0-9]{2})$"
 TIME_LAYOUTS = tuple((between, zone) for between in (" ", "T") for zone in ("", "Z", r"\+00:00"))
-TIME_UNITS = {"ms": 3, "us": 6, "ns": 9}
+TIME_UNITS = (
+    ("ms", 3, "[1-9][0-9]{3}"),
+    ("us", 6, "[1-9][0-9]{3}"),
+    ("ns", 9, "(1[7-9]|2[01])[0-9]{2}"),  # beyond 1677 and 2262 pyarrow 21 wraps around
+)
+"""How many digits a second may have, and which years there are."""
 
 
 class _Kind(NamedTuple):
@@ -819,10 +831,10 @@ def _kinds() -> list[_Kind]:
             for words in (("True", "False"), ("true", "false"))
         ),
     ]
-    for (between, zone), (unit, digits) in itertools.product(TIME_LAYOUTS, TIME_UNITS.items()):
-        form = rf"^\d{{4}}-\d\d-\d\d{between}\d\d:\d\d:\d\d(\.\d{{1,{digits}}})?{zone}$"
+    for (between, zone), (unit, digits, years) in itertools.product(TIME_LAYOUTS, TIME_UNITS):
+        form = rf"^{years}-\d\d-\d\d{between}\d\d:\d\d:\d\d(\.\d{{1,{digits}}})?{zone}$"
         make = functools.partial(arrow.timestamp, unit, "UTC" if zone else None)
-        name = f"timestamp[{unit}{', tz=UTC' * bool(zone)}]"
+        name = f"timestamp[{unit}{', tz=UTC' if zone else ''}]"
         kinds.append(_Kind(name, make, functools.partial(_keeps_times, form, make)))
     return kinds
 
@@ -849,7 +861,10 @@ def _keeps_floats(values: Any) -> bool:
 
 
 def _is_kept(text: str) -> bool:
-    return text in ("nan", "inf", "-inf") or Decimal(text) == Decimal(repr(float(text)))
+    try:
+        return text in ("nan", "inf", "-inf") or Decimal(text) == Decimal(repr(float(text)))
+    except ArithmeticError:  # an exponent beyond even Decimal
+        return False
 
 
 def _keeps_words(words: tuple[str, ...], values: Any) -> bool:
@@ -929,7 +944,7 @@ def _in_threads() -> Iterator[Callable[..., list[Any]]]:
 
 # ── parquet: writing ─────────────────────────────────────────────────────────────────────────────
 
-GROUP_VALUES = MIB
+GROUP_VALUES = 256 * KIB
 """About so many values make a row group. Where one ends is decided by the content of its rows, so
 that an insert changes one or two groups and leaves the others the same to the byte."""
 
@@ -960,9 +975,9 @@ def parquet_twin(csv: Path, into: Path, name: str, progress: Progress) -> Parque
     `into/name.schema.json` lists the columns with their types, and the size and SHA-256 of the
     CSV. The same CSV makes the same bytes with the same pyarrow; the schema's with any.
 
-    `pandas.read_parquet(path)` reads it; with dtype_backend="pyarrow" null stays apart from NaN,
-    and integers with missing values stay integers. `datasets.load_dataset("parquet",
-    data_files=path)` keeps null as None.
+    `pandas.read_parquet(path)` reads it, and makes floats of integers where some are missing;
+    with dtype_backend="pyarrow" they stay integers. `datasets.load_dataset("parquet",
+    data_files=path)` reads it, with null as None.
 
     The CSV is read twice, in blocks, so that memory does not grow with it. Raises IntegrityError
     with file and line for a row with too few or too many fields, a quote that is left open, text
@@ -1007,7 +1022,8 @@ def _settled(surveys: Sequence[_Survey]) -> dict[str, _Kind | None]:
     for survey in surveys:
         for name, column in zip(survey.header.columns, survey.columns, strict=True):
             before = kinds.get(name, column.kinds)
-            kinds[name] = [kind for kind in before if kind in column.kinds]
+            possible = {kind.name for kind in column.kinds}
+            kinds[name] = [kind for kind in before if kind.name in possible]
             valued |= {name} if column.valued else set()
     return {name: left[0] if left and name in valued else None for name, left in kinds.items()}
 

@@ -20,14 +20,19 @@ from typing import cast
 import pytest
 
 import cloud_services
+import transfers
 from cloud_services import CloudError, ExitCode, build_parser
 from docs.make_commands import PAGE, exit_code_meanings, render
+from tests.local_hub import LocalHub
 from tests.support import ROOT, workspace
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"])
-SOURCES = [(ROOT / name).read_text("utf-8") for name in ("cloud_services.py", "ssh_transport.py")]
+SOURCES = [
+    (ROOT / f"{name}.py").read_text("utf-8")
+    for name in ("cloud_services", "transfers", "ssh_transport", "hf_transport", "hub_cards")
+]
 SHELL_LANGUAGES = ("sh", "bash", "powershell")
 COLUMNS = 100
 SHELL_OPERATOR = re.compile(r"[();<>|&]+")
@@ -272,9 +277,10 @@ def test_every_python_example_compiles_and_imports_what_exists(page: Path) -> No
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_python_example_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against folders of this machine: what the examples send and fetch over SSH goes there."""
+    """Against folders of this machine and a local Hub: what the examples send goes there."""
+    at_home_on(hub, tmp_path, monkeypatch)
     storage = tmp_path / "storage"
     root = workspace(tmp_path)
     made = cloud_services.PaperspaceDownloader(workspace=root).create_results_archive(
@@ -282,12 +288,44 @@ def test_every_python_example_runs(
     )
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / made.path.name).write_bytes(made.path.read_bytes())
-    opened = cloud_services.open_store
-    monkeypatch.setattr(cloud_services, "open_store", lambda settings, _: opened(settings, "local"))
+    opened = transfers.open_store
+    monkeypatch.setattr("transfers.open_store", lambda settings, _: opened(settings, "local"))
     for block in blocks(page, "python"):
         monkeypatch.setenv("PAPERSPACE_PATH", str(storage))
         code = block.replace("/storage/", f"{storage.as_posix()}/")
         exec(compile(code, page.name, "exec"), {})  # noqa: S102 - our own pages
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
+    """A Hub where the documented user has an account."""
+    with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
+        hub.add_token("hf_username", "username")
+        yield hub
+
+
+def at_home_on(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be the documented user, in a folder with a full workspace."""
+    for name, value in hub.env("hf_username", XDG_CACHE_HOME=str(folder / "cache")).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(folder)
+    root = workspace(folder)
+    for name in ("raw_data/ticks/2024-01.csv", "raw_data/cache/a.bin", "models/metrics/m.json"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("time,bid,ask\n1,2,3\n")
+    analysis = root / "analysis-of-features"
+    analysis.mkdir()
+    (analysis / "feature_statistics.csv").write_text("feature,mean\na,1\n")
+
+
+def test_every_command_line_of_the_hub_guide_runs(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_home_on(hub, tmp_path, monkeypatch)
+    lines = [words for page, words in documented_calls() if page == "huggingface.md"]
+    assert len(lines) > 10
+    for words in lines:
+        assert cloud_services.main(words) == 0, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
