@@ -616,7 +616,13 @@ class HashCache:
             self._open(":memory:")
 
     def _open(self, path: str) -> None:
-        self._database = self._sqlite.connect(path, check_same_thread=False, timeout=10)
+        # Each note stands at once, for a killed run and for others beside this one; a power cut may
+        # cost the cache, never data.
+        self._database = self._sqlite.connect(
+            path, check_same_thread=False, timeout=10, isolation_level=None
+        )
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("PRAGMA synchronous=OFF")
         self._database.execute(
             "CREATE TABLE IF NOT EXISTS digests (path BLOB, kind TEXT, size INTEGER,"
             " mtime_ns INTEGER, inode INTEGER, digest TEXT, PRIMARY KEY (path, kind))"
@@ -666,9 +672,8 @@ class HashCache:
             self._database.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def close(self) -> None:
-        """Write down what was learnt."""
+        """Let go of the file."""
         with self._lock, contextlib.suppress(self._sqlite.Error):
-            self._database.commit()
             self._database.close()
 
     def _digest(self, path: str | Path, kind: str) -> str:
@@ -1935,6 +1940,7 @@ class PaperspaceDownloader(_Paperspace):
 
 if TYPE_CHECKING:
     from hf_transport import Download, HubRepo, RemoteFile, Step, Upload, UploadPlan
+    from hub_cards import CardConfig
 
 FEATURES_FOLDER, SCALERS_FOLDER = "prepared/features", "prepared/scalers"
 ANALYSIS_FILES = (
@@ -2086,7 +2092,8 @@ class HuggingFaceUploader(_HuggingFace):
         looking = in_background(self._look)
         plan = plan_folder(ticks_dir, "--ticks-dir", self.exclude)
         suffix = self._table_suffix(plan)
-        configs = [("default", {"train": f"ticks/**/*{suffix}"})] if suffix else []
+        splits = {"train": f"ticks/**/*{suffix}"} if suffix else {}
+        configs = functools.partial(_default_config, splits)
         return self._upload(HUB_TICKS, plan, looking, "ticks/", commit_message, configs)
 
     def upload_hf_training_data(
@@ -2106,7 +2113,9 @@ class HuggingFaceUploader(_HuggingFace):
                 "fill the folder, or leave out --include-cache",
             )
         splits = zip(("train", "validation", "test"), FEATURE_FILES, strict=True)
-        configs = [("default", {split: f"workspace/{name}" for split, name in splits})]
+        configs = functools.partial(
+            _default_config, {split: f"workspace/{name}" for split, name in splits}
+        )
         folders = [FEATURES_FOLDER]
         folders += [SCALERS_FOLDER] * include_scalers + [CACHE_FOLDER] * include_cache
         return self._upload(
@@ -2128,10 +2137,8 @@ class HuggingFaceUploader(_HuggingFace):
         _require_analysis(names, analysis_dir)
         suffix = self._table_suffix(plan)
         tables = sorted(name.removesuffix(".csv") for name in names if name.endswith(".csv"))
-        configs = [
-            (table.replace("/", "_"), {"train": f"analysis-of-features/{table}{suffix}"})
-            for table in tables
-        ]
+        paths = [f"analysis-of-features/{table}{suffix}" for table in tables]
+        configs = functools.partial(_config_per_table, paths)
         return self._upload(
             HUB_FEATURES, plan, looking, "analysis-of-features/", commit_message, configs
         )
@@ -2150,7 +2157,7 @@ class HuggingFaceUploader(_HuggingFace):
             )
         owned = tuple(f"workspace/{folder}/" for folder in RESULT_FOLDERS)
         return self._upload(
-            HUB_RESULTS, tree.plan(""), looking, "workspace/", commit_message, [], owned
+            HUB_RESULTS, tree.plan(""), looking, "workspace/", commit_message, list, owned
         )
 
     upload_ticks = upload_hf_ticks
@@ -2167,7 +2174,7 @@ class HuggingFaceUploader(_HuggingFace):
 
     def _upload(
         self, kind: HubKind, plan: Plan, looking: Future[_Seen], root: str, message: str,
-        configs: Sequence[tuple[str, Mapping[str, str]]], owned: tuple[str, ...] = (),
+        configs: Callable[[], list[CardConfig]], owned: tuple[str, ...] = (),
     ) -> HubUploadResult:  # fmt: skip
         """Compare, send and verify one kind of data; `owned` are the folders --delete may empty."""
         from hf_transport import UploadRun, compare_upload, require_within_limits
@@ -2305,19 +2312,31 @@ class HuggingFaceUploader(_HuggingFace):
 
     def _card(
         self, kind: HubKind, uploads: Sequence[Upload],
-        configs: Sequence[tuple[str, Mapping[str, str]]], hashes: HashCache, existing: str | None,
+        configs: Callable[[], list[CardConfig]], hashes: HashCache, existing: str | None,
     ) -> str:  # fmt: skip
         """README.md with what was sent, around the prose that is in the existing one."""
-        from hub_cards import CardConfig, CardFile, merged_card
+        from hub_cards import CardFile, merged_card
 
         files = [CardFile(u.path, u.size, hashes.sha256(u.source)) for u in uploads]
         repo_id = self.settings.repo_id
         return merged_card(
             existing, title=f"{kind.title}: {repo_id.partition('/')[2]}",
             summary=f"{kind.title} sent by cloud_services.",
-            configs=[CardConfig(name, splits) for name, splits in configs], files=files,
+            configs=configs(), files=files, section=kind.name,
             restore=_hub_restore(kind.name, self.settings),
         )  # fmt: skip
+
+
+def _default_config(splits: Mapping[str, str]) -> list[CardConfig]:
+    from hub_cards import CardConfig
+
+    return [CardConfig("default", splits)] if splits else []
+
+
+def _config_per_table(paths: Sequence[str]) -> list[CardConfig]:
+    from hub_cards import csv_configs
+
+    return csv_configs(paths)
 
 
 def _without_cache_folders(plan: Plan) -> Plan:

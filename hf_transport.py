@@ -837,35 +837,38 @@ class UploadRun:
         if not batch:
             return []
         make = _operation_class()
-        operations = []
-        for upload in batch:
-            self._require_unchanged(upload)
-            with _client_errors(self._repo.settings), local_errors(upload.source):
-                operations.append(make(upload.path, self._content(upload)))
-            operations[-1].advance = self._progress.advance
+        with _client_errors(self._repo.settings):
+            operations = [self._operation(make, upload) for upload in batch]
+        large = [pair for pair in zip(batch, operations, strict=True) if not _is_small(pair[0])]
         try:
             self._send_large(operations)
         except TransferError:
-            for upload in batch:  # the storage refuses what is not what was announced
+            for upload, _ in large:  # the storage refuses what is not what was announced
                 self._require_unchanged(upload)
             raise
-        for upload, operation in zip(batch, operations, strict=True):
+        for upload, operation in large:
             status, info = self._require_unchanged(upload), operation.upload_info
             if getattr(info, "is_hashed", True):  # needs no second reading
                 self._hashes.remember(upload.source, "sha256", status, info.sha256.hex())
         return operations
 
-    def _content(self, upload: Upload) -> str | bytes:
-        """What the client is to send: a path, or the content of a small file, read only once."""
-        if upload.size > READ_AT_ONCE_BYTES:
-            return _as_it_is(upload.source)
-        with open(upload.source, "rb", buffering=0) as stream:
-            content = stream.readall()
-            status = os.fstat(stream.fileno())
-        digest = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
-        digest.update(content)
-        self._hashes.remember(upload.source, "git", status, digest.hexdigest())
-        return content
+    def _operation(self, make: Callable[..., Any], upload: Upload) -> Any:
+        """What adds a file to a commit; a small one is read here, once, to be hashed and sent."""
+        if not _is_small(upload):
+            self._require_unchanged(upload)
+            operation = make(upload.path, _as_it_is(upload.source))
+        else:
+            with local_errors(upload.source), open(upload.source, "rb", buffering=0) as stream:
+                content = stream.readall()
+                status = self._require_unchanged(upload, stream.fileno())
+            operation = make(upload.path, content)
+            digest = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
+            digest.update(content)
+            self._hashes.remember(upload.source, "git", status, digest.hexdigest())
+            sha256 = operation.upload_info.sha256.hex()
+            self._hashes.remember(upload.source, "sha256", status, sha256)
+        operation.advance = self._progress.advance
+        return operation
 
     def _send_large(self, operations: Sequence[Any]) -> None:
         """Bring large contents to the Hub's storage."""
@@ -881,10 +884,10 @@ class UploadRun:
             raise
 
     @staticmethod
-    def _require_unchanged(upload: Upload) -> os.stat_result:
+    def _require_unchanged(upload: Upload, descriptor: int | None = None) -> os.stat_result:
         """Nothing torn goes into a commit."""
         with local_errors(upload.source):
-            status = os.stat(upload.source)
+            status = os.stat(upload.source if descriptor is None else descriptor)
         if (status.st_size, status.st_mtime_ns) != (upload.size, upload.mtime_ns):
             raise IntegrityError(
                 f"{printable(upload.source)} changed while it was sent",
@@ -964,6 +967,10 @@ class UploadRun:
                     f"{printable(upload.path)} in {self._repo.name} is not what was sent",
                     "run the same command again",
                 )
+
+
+def _is_small(upload: Upload) -> bool:
+    return upload.size <= READ_AT_ONCE_BYTES
 
 
 def _as_it_is(path: str) -> str:
@@ -1120,6 +1127,7 @@ class Fetcher:
         self._stopped = False
         self._ending: CloudError | None = None
         self._lost = 0
+        self._found: dict[Path, tuple[int, ...]] = {}
         self.moved = 0
         self.failures: list[tuple[Download, CloudError]] = []
 
@@ -1134,6 +1142,7 @@ class Fetcher:
         total = sum(download.remote.size for download in downloads)
         held = sum(self._held(download) for download in downloads)
         require_space(free_space(parents[0]), total - held, parents[0])
+        self._found = {download.target: _state(download.target) for download in downloads}
         jobs = iter(downloads)
         self._progress.begin(f"fetching {len(downloads):,} files", total)
         try:
@@ -1155,9 +1164,8 @@ class Fetcher:
         self.failures = [one for one in self.failures if not isinstance(one[1], HeldError)]
         for remote, target in held if self._ending is None else ():
             try:
-                with local_errors(target):
-                    if not target.is_file() or not remote.is_same(target, self._hashes):
-                        self._fetch(Download(remote, target))
+                if not _is_there(remote, target, self._hashes):
+                    self._fetch(Download(remote, target))
             except CloudError as error:
                 self.failures.append((Download(remote, target), error))
 
@@ -1231,11 +1239,21 @@ class Fetcher:
                 )
             if remote.size >= MIB:
                 os.fsync(stream.fileno())
+            self._require_as_found(download)
             os.replace(part, target)
             status = os.fstat(stream.fileno())
         kind = "sha256" if remote.sha256 else "git"
         self._hashes.remember(target, kind, status, remote.digest)
         self._hashes.remember_received(target, remote.digest)
+
+    def _require_as_found(self, download: Download) -> None:
+        remote, target = download
+        if _state(target) == self._found[target] or _is_there(remote, target, self._hashes):
+            return
+        raise RefusedError(
+            f"{printable(target)} was changed here while its replacement was fetched",
+            "add --force to replace it",
+        )
 
     def _fill(self, stream: Any, remote: RemoteFile) -> bool:
         """Complete the file; say whether its content is right, or nothing of it is kept."""
@@ -1298,6 +1316,19 @@ def _remove_unless_held(part: Path) -> None:
 
 
 _PART_KEY = re.compile(r"\.[0-9a-f]{12}\.part$")
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes with a file; empty where there is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        status = os.lstat(path)
+        return status.st_size, status.st_mtime_ns, status.st_ino
+    return ()
+
+
+def _is_there(remote: RemoteFile, target: Path, hashes: HashCache) -> bool:
+    with local_errors(target):
+        return target.is_file() and remote.is_same(target, hashes)
 
 
 def _has_name(stream: Any, path: Path) -> bool:

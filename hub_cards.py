@@ -751,7 +751,7 @@ def _first_bad_line(lines: Iterable[str], columns: int) -> tuple[int, str] | Non
 
     `columns` is 0 as long as the header is not known: then only the encoding counts.
     """
-    number = commas = first = size = 0
+    commas = first = size = 0
     quoted = False
     for number, line in enumerate(lines, 1):
         if not line.isascii() and any("\udc80" <= char <= "\udcff" for char in line):
@@ -761,7 +761,7 @@ def _first_bad_line(lines: Iterable[str], columns: int) -> tuple[int, str] | Non
         if not quoted:
             commas, first, size = 0, number, 0
         more, quoted = _commas(line, quoted)
-        commas, size = commas + more, size + len(line)
+        commas, size = commas + more, size + len(line.encode())
         if size >= BLOCK_BYTES:
             break
         if not quoted and commas + 1 != columns:

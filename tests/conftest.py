@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 import cloud_services
+from tests.local_hub import LocalHub
 
 SCRIPT = Path(cloud_services.__file__).resolve()
 WORKSPACE_FILES = (
@@ -81,6 +84,25 @@ def make_workspace(root: Path) -> Path:
     return root
 
 
+ANALYSIS_FILES = (
+    "feature_statistics.csv",
+    "feature_importance.csv",
+    "outliers_analysis.csv",
+    "feature_by_class_statistics.csv",
+    "feature_analysis_report.html",
+    "plots/distributions/returns.png",
+    "plots/by_class/returns.png",
+)
+
+
+def make_hub_workspace(root: Path) -> Path:
+    """A workspace with all that goes to a Hub: texts for git, other names for LFS or Xet."""
+    for number, name in enumerate(ANALYSIS_FILES):
+        content = b"feature,mean\nreturns,%d\n" % number
+        write_file(root / "analysis-of-features" / name, content, OLD + number)
+    return make_workspace(root)
+
+
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Everything below a folder: a file's content, a link's target, None for a folder."""
     found: dict[str, bytes | None] = {}
@@ -121,8 +143,10 @@ def unpack_with_tar(
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the caller's settings, or writes into the caller's folder."""
     shells = ("PYTHONUNBUFFERED", "PYTHONIOENCODING", "NO_COLOR", "COLUMNS")
-    for variable in [name for name in os.environ if name.startswith(("PAPERSPACE_", *shells))]:
+    foreign = ("PAPERSPACE_", "HF_", "HUGGING", *shells)
+    for variable in [name for name in os.environ if name.startswith(foreign)]:
         monkeypatch.delenv(variable)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     monkeypatch.chdir(tmp_path)
 
 
@@ -173,3 +197,63 @@ def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(sys.modules, "isal.igzip_threaded", None)
     else:
         pytest.importorskip("isal.igzip_threaded")
+
+
+# ── Hubs: one of each mode for all tests of a process, as new for each test ─────────────────────
+
+
+def needs(module: str) -> None:
+    """Skip without a module, and fail in CI; it is not imported: hf_xet writes logs then."""
+    if importlib.util.find_spec(module) is None:
+        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up(f"{module} is not installed: pip install {module}")
+
+
+@pytest.fixture(scope="session")
+def lfs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
+    """A Hub that takes large files by LFS."""
+    needs("huggingface_hub")
+    with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def xet_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
+    """A Hub that takes large files by Xet."""
+    needs("huggingface_hub")
+    needs("hf_xet")
+    with LocalHub(tmp_path_factory.mktemp("hub"), xet=True) as hub:
+        yield hub
+
+
+def as_new(hub: LocalHub) -> LocalHub:
+    """A Hub without the faults, limits and notes of an earlier test."""
+    hub.clear_faults()
+    hub.clear_requests()
+    for sort in ("api", "resolvers", "commits", "whoami"):
+        hub.limit(sort, 1_000_000)
+    hub.settings(part_bytes=20_000_000, link_seconds=3600)
+    return hub
+
+
+@pytest.fixture
+def hub(lfs_server: LocalHub) -> LocalHub:
+    return as_new(lfs_server)
+
+
+@pytest.fixture
+def xet_hub(xet_server: LocalHub) -> LocalHub:
+    return as_new(xet_server)
+
+
+@pytest.fixture(params=["lfs", "xet"])
+def any_hub(request: pytest.FixtureRequest) -> LocalHub:
+    """Once with LFS, once with Xet."""
+    server: LocalHub = request.getfixturevalue(f"{request.param}_server")
+    return as_new(server)
+
+
+@pytest.fixture
+def repo(request: pytest.FixtureRequest) -> str:
+    """The name of a repository of this test's own."""
+    return f"tester/{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""What the tests of the Paperspace half share: the command line, small data, and a trusted server."""
+"""What the tests share: the command line, small data, a trusted server, and a Hub."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.local_hub import WRITE_TOKEN, LocalHub
 from tests.servers import SSHServer, require
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = [sys.executable, str(ROOT / "cloud_services.py")]
-MIB = 1024 * 1024
+KIB, MIB = 1024, 1024 * 1024
 
 
 def cli(
@@ -123,3 +124,53 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.005)
+
+
+# A command line in which no pause is longer than a moment; `time` runs on as always.
+HURRIED = """
+import sys, time
+pause = time.sleep
+time.sleep = lambda seconds: pause(min(seconds, 0.02))
+sys.path.insert(0, sys.argv.pop(1))
+import cloud_services, hf_transport
+"""
+RUN = "\nsys.exit(cloud_services.main(sys.argv[1:]))"
+
+
+def hf(
+    hub: LocalHub,
+    *arguments: object,
+    token: str | None = WRITE_TOKEN,
+    env: Mapping[str, str] | None = None,
+    hurried: bool | str = False,
+    **more: Any,
+) -> subprocess.CompletedProcess[str]:
+    """Run one command line as a client of that Hub; `hurried` may hold lines to run before it."""
+    if "input" not in more:
+        more.setdefault("stdin", subprocess.DEVNULL)
+    return subprocess.run(
+        _hub_words(arguments, hurried), env=hub.env(token, **(env or {})), capture_output=True,
+        encoding="utf-8", errors="surrogateescape", timeout=120, **more,
+    )  # fmt: skip
+
+
+def start_hf(
+    hub: LocalHub, *arguments: object, hurried: bool | str = False
+) -> subprocess.Popen[str]:
+    """Start one command line as a client of that Hub, to be disturbed."""
+    return subprocess.Popen(
+        _hub_words(arguments, hurried),
+        env=hub.env(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _hub_words(arguments: tuple[object, ...], hurried: bool | str) -> list[str]:
+    words = TOOL
+    if hurried:
+        before = hurried if isinstance(hurried, str) else ""
+        words = [sys.executable, "-c", HURRIED + before + RUN, str(ROOT)]
+    return [*words, *map(str, arguments)]
