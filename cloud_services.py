@@ -655,14 +655,14 @@ class HashCache:
             return
         self._store(path, kind, (status.st_size, status.st_mtime_ns, status.st_ino), digest)
 
-    def received(self, path: str | Path) -> str:
-        """The digest of what a download last placed at `path`; empty: none did."""
-        row = self._row(path, "received")
-        return str(row[3]) if row else ""
+    def received(self, path: str | Path) -> list[str]:
+        """The digests of what downloads placed at `path` last, or were about to place."""
+        rows = (self._row(path, kind) for kind in ("received", "arriving"))
+        return [str(row[3]) for row in rows if row]
 
-    def remember_received(self, path: str | Path, digest: str) -> None:
-        """Note what a download placed at `path`."""
-        self._store(path, "received", (0, 0, 0), digest)
+    def remember_received(self, path: str | Path, digest: str, arriving: bool = False) -> None:
+        """Note what a download placed at `path`; with `arriving`, what it is about to place."""
+        self._store(path, "arriving" if arriving else "received", (0, 0, 0), digest)
 
     def _store(self, path: str | Path, kind: str, state: tuple[int, int, int], digest: str) -> None:
         key = _cache_key(path)

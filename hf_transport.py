@@ -577,6 +577,8 @@ class HubRepo:
         """huggingface_hub's own client, with a timeout, which it does not have by itself."""
         hub = need("huggingface_hub")
         _limit_waiting(self.settings.timeout)
+        seconds = f"{max(1, round(self.settings.timeout))}s"
+        os.environ.setdefault("HF_XET_CLIENT_READ_TIMEOUT", seconds)  # hf_xet's own: 120 s
         importlib.import_module("logging").getLogger("huggingface_hub").setLevel("CRITICAL")
         return hub.HfApi(
             self.settings.endpoint, token=self.settings.token or False,
@@ -1105,7 +1107,7 @@ def _about_existing(
         if force:
             return "fetch", "changed, and --force"
         received = hashes.received(target)
-        if target.is_file() and received and received in _digests(target, hashes, received):
+        if target.is_file() and any(d in _digests(target, hashes, d) for d in received):
             return "fetch", "changed on the Hub"
     return "refuse", "changed here" if received else "another content is here"
 
@@ -1240,7 +1242,8 @@ class Fetcher:
             if remote.size >= MIB:
                 os.fsync(stream.fileno())
             self._require_as_found(download)
-            os.replace(part, target)
+            self._hashes.remember_received(target, remote.digest, arriving=True)
+            os.replace(part, target)  # killed here, the file is known all the same
             status = os.fstat(stream.fileno())
         kind = "sha256" if remote.sha256 else "git"
         self._hashes.remember(target, kind, status, remote.digest)
