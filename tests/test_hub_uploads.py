@@ -725,6 +725,21 @@ def test_an_upload_that_stalls_ends_by_its_timeout(hub: LocalHub, repo: str) -> 
     assert holds(hub, repo) == files(TICKS)
 
 
+def test_a_xet_storage_that_falls_silent_is_asked_again(xet_hub: LocalHub, repo: str) -> None:
+    xet_hub.create_repo(repo)
+    random_file(TICKS / "a.npy", 50_000, seed_of(repo))
+    xet_hub.fault("/xet-write-token/", stall=3)
+    xet_hub.fault("/cas/v1/xorbs", stall=1)
+    script = (
+        "uploader = cloud_services.HuggingFaceUploader(sys.argv[1], card=False, timeout=1)\n"
+        "sys.exit(not uploader.upload_ticks())\n"
+    )
+    done = hf(xet_hub, repo, hurried=script, env={"HF_XET_CLIENT_RETRY_BASE_DELAY": "50ms"})
+    assert done.returncode == 0, done.stderr
+    assert xet_hub.fault_hits() == [1, 1]
+    assert holds(xet_hub, repo) == files(TICKS)
+
+
 @pytest.mark.parametrize("how", ["appended to", "written anew", "removed"])
 @pytest.mark.parametrize("step", ["/cdn/upload", "/preupload/"])
 def test_a_large_file_that_changes_while_it_is_sent_is_not_committed(
@@ -785,6 +800,16 @@ def test_two_uploads_at_once_both_arrive(any_hub: LocalHub, repo: str) -> None:
         assert process.returncode == 0, said
     assert holds(any_hub, repo) == files(TICKS)
     assert holds(any_hub, repo, "features") == files(ANALYSIS)
+
+
+def test_the_same_upload_twice_at_once_makes_one_commit(hub: LocalHub, repo: str) -> None:
+    hub.fault("/commit/", delay=0.3, times=None)
+    words = ("hf-upload-ticks", "--repo-id", repo, "--no-card")
+    for process in [start_hf(hub, *words) for _ in range(2)]:
+        _, said = process.communicate(timeout=90)
+        assert process.returncode == 0, said
+    assert holds(hub, repo) == files(TICKS)
+    assert len(hub.commits(repo)) == 2
 
 
 def test_a_commit_that_takes_too_long_is_tried_again_in_smaller_ones(
@@ -1120,10 +1145,9 @@ def test_the_token_shows_up_nowhere(any_hub: LocalHub, repo: str, tmp_path: Path
     ):  # fmt: skip
         any_hub.clear_faults()
         any_hub.fault(step, status=status, body=echo, headers={"X-Error-Message": echo}, times=None)
-        for more in (("-v",), ("--json", "-v")):
-            done = up(any_hub, repo, *more, env=env, token=token, hurried=True)
-            assert "Traceback" not in done.stderr, done.stderr
-            said.append(done.stdout + done.stderr)
+        done = up(any_hub, repo, "-v", "--json", env=env, token=token, hurried=True)
+        assert "Traceback" not in done.stderr, done.stderr
+        said.append(done.stdout + done.stderr)
     assert "not welcome" in "".join(said)
     assert not [text for text in said if token in text]
     kept = [p for folder in (home, tmp_path / ".cache") for p in folder.rglob("*") if p.is_file()]
