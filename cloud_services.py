@@ -592,6 +592,16 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+class _Hashed(NamedTuple):
+    """The state that a file was hashed in, and its digests; empty: not hashed."""
+
+    size: int = -1
+    mtime_ns: int = 0
+    inode: int = 0
+    sha256: str = ""
+    git: str = ""
+
+
 class HashCache:
     """Digests of local files, remembered while path, size, time of change and inode stay the same.
 
@@ -602,11 +612,17 @@ class HashCache:
     """
 
     RACY_NS = 2_000_000_000
+    SAVE_FILES, SAVE_BYTES = 10_000, 1 << 30
+    """After hashing so much it is written down: a kill must not cost all of it."""
 
     def __init__(self, path: Path | None = None) -> None:
         self._sqlite: Any = need("sqlite3")
-        self._lock = threading.Lock()
-        self._loaded: dict[tuple[bytes, str], tuple[Any, ...]] = {}
+        self._lock = threading.RLock()
+        self._hashing: dict[tuple[str, str], threading.Lock] = {}
+        self._known: dict[str, _Hashed] = {}
+        self._folder = ""
+        self._unsaved: dict[str, _Hashed] = {}
+        self._unsaved_bytes = 0
         path = path or cache_folder() / "files.sqlite"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -616,30 +632,37 @@ class HashCache:
             self._open(":memory:")
 
     def _open(self, path: str) -> None:
-        # Each note stands at once, for a killed run and for others beside this one; a power cut may
-        # cost the cache, never data.
+        # What downloads placed stands at once, for a killed run and for others beside this one; a
+        # power cut may cost the cache, never data.
         self._database = self._sqlite.connect(
             path, check_same_thread=False, timeout=10, isolation_level=None
         )
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=OFF")
-        self._database.execute(
-            "CREATE TABLE IF NOT EXISTS digests (path BLOB, kind TEXT, size INTEGER,"
-            " mtime_ns INTEGER, inode INTEGER, digest TEXT, PRIMARY KEY (path, kind))"
+        self._database.executescript(
+            "CREATE TABLE IF NOT EXISTS hashed (path BLOB PRIMARY KEY, size INTEGER,"
+            " mtime_ns INTEGER, inode INTEGER, sha256 TEXT, git TEXT) WITHOUT ROWID;"
+            "CREATE TABLE IF NOT EXISTS received (path BLOB, arriving INTEGER, digest TEXT,"
+            " PRIMARY KEY (path, arriving)) WITHOUT ROWID"
         )
 
     def load(self, folder: str | Path) -> None:
         """Read all that is remembered below a folder at once: thousands of questions are slow."""
+        self._folder = os.path.join(os.fspath(folder), "")
         start = os.path.join(_cache_key(folder), b"")
-        query = "SELECT * FROM digests WHERE path >= ? AND path < ?"
+        query = "SELECT substr(path, ?), size, mtime_ns, inode, sha256, git FROM hashed"
+        below = f"{query} WHERE path >= ? AND path < ?"
         with self._lock, contextlib.suppress(self._sqlite.Error):
-            rows = self._database.execute(query, (start, start[:-1] + b"0"))  # 0 follows /
-            self._loaded.update({row[:2]: row[2:] for row in rows})
+            values = (len(start) + 1, start, start[:-1] + b"0")  # 0 follows /
+            for path, *row in self._database.execute(below, values):
+                self._known[self._folder + os.fsdecode(path)] = _Hashed(*row)
 
     def remembered(self, path: str | Path, kind: str, size: int, mtime_ns: int, inode: int) -> str:
         """The digest, "sha256" or "git", remembered for a file in this state; or empty."""
-        row = self._row(path, kind)
-        return str(row[3]) if row and row[:3] == (size, mtime_ns, inode) else ""
+        hashed = self._of(path)
+        if hashed[:3] != (size, mtime_ns, inode):
+            return ""
+        return str(getattr(hashed, kind))
 
     def sha256(self, path: str | Path) -> str:
         """The SHA-256 of a file's content, in hex."""
@@ -653,31 +676,45 @@ class HashCache:
         """Note a digest of the content that the file had when it had this status."""
         if time.time_ns() - status.st_mtime_ns < self.RACY_NS:
             return
-        self._store(path, kind, (status.st_size, status.st_mtime_ns, status.st_ino), digest)
+        name, state = os.fspath(path), (status.st_size, status.st_mtime_ns, status.st_ino)
+        with self._lock:
+            hashed = self._of(path)
+            hashed = hashed if hashed[:3] == state else _Hashed(*state)
+            digests = {kind: digest}
+            self._known[name] = self._unsaved[name] = hashed._replace(**digests)  # type: ignore[arg-type]  # "sha256" or "git"
+            self._unsaved_bytes += status.st_size
+            if self._unsaved_bytes > self.SAVE_BYTES or len(self._unsaved) > self.SAVE_FILES:
+                self._save()
 
     def received(self, path: str | Path) -> list[str]:
         """The digests of what downloads placed at `path` last, or were about to place."""
-        rows = (self._row(path, kind) for kind in ("received", "arriving"))
-        return [str(row[3]) for row in rows if row]
+        rows = self._ask("SELECT digest FROM received WHERE path = ?", path)
+        return [str(row[0]) for row in rows]
 
     def remember_received(self, path: str | Path, digest: str, arriving: bool = False) -> None:
         """Note what a download placed at `path`; with `arriving`, what it is about to place."""
-        self._store(path, "arriving" if arriving else "received", (0, 0, 0), digest)
-
-    def _store(self, path: str | Path, kind: str, state: tuple[int, int, int], digest: str) -> None:
-        key = _cache_key(path)
-        row = (key, kind, *state, digest)
-        self._loaded.pop((key, kind), None)
+        row = (_cache_key(path), arriving, digest)
         with self._lock, contextlib.suppress(self._sqlite.Error):
-            self._database.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._database.execute("REPLACE INTO received VALUES (?, ?, ?)", row)
+
+    def _save(self) -> None:
+        rows = [(_cache_key(name), *hashed) for name, hashed in self._unsaved.items()]
+        self._unsaved, self._unsaved_bytes = {}, 0
+        with contextlib.suppress(self._sqlite.Error):
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.executemany("REPLACE INTO hashed VALUES (?, ?, ?, ?, ?, ?)", rows)
+            self._database.execute("COMMIT")
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Write down what was learnt."""
         with self._lock, contextlib.suppress(self._sqlite.Error):
+            self._save()
             self._database.close()
 
     def _digest(self, path: str | Path, kind: str) -> str:
-        with local_errors(path):
+        with self._lock:
+            hashing = self._hashing.setdefault((os.fspath(path), kind), threading.Lock())
+        with hashing, local_errors(path):  # who asks meanwhile waits for the answer
             status = os.stat(path)
             state = (status.st_size, status.st_mtime_ns, status.st_ino)
             if known := self.remembered(path, kind, *state):
@@ -689,20 +726,27 @@ class HashCache:
                 for block in read_blocks(stream):
                     digest.update(block)
                 after = os.fstat(stream.fileno())
-        if (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns):
-            self.remember(path, kind, after, digest.hexdigest())
+            if (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns):
+                self.remember(path, kind, after, digest.hexdigest())
         return digest.hexdigest()
 
-    def _row(self, path: str | Path, kind: str) -> tuple[Any, ...] | None:
-        if found := self._loaded.get((_cache_key(path), kind)):
-            return found
-        query = "SELECT size, mtime_ns, inode, digest FROM digests WHERE path = ? AND kind = ?"
+    def _of(self, path: str | Path) -> _Hashed:
+        name = os.fspath(path)
+        found = self._known.get(name)
+        if found is None:
+            query = "SELECT size, mtime_ns, inode, sha256, git FROM hashed WHERE path = ?"
+            loaded = self._folder and name.startswith(self._folder)
+            rows = [] if loaded else self._ask(query, path)
+            found = self._known[name] = _Hashed(*rows[0]) if rows else _Hashed()
+        return found
+
+    def _ask(self, query: str, path: str | Path) -> list[tuple[Any, ...]]:
         with self._lock, contextlib.suppress(self._sqlite.Error):
-            row: tuple[Any, ...] | None = self._database.execute(
-                query, (_cache_key(path), kind)
-            ).fetchone()
-            return row
-        return None
+            rows: list[tuple[Any, ...]] = self._database.execute(
+                query, (_cache_key(path),)
+            ).fetchall()
+            return rows
+        return []
 
 
 def _cache_key(path: str | Path) -> bytes:
@@ -890,8 +934,9 @@ class _Tree:
             self._walk(name, path, (*above, real))
 
     def _add_file(self, name: str, path: str, status: os.stat_result | None = None) -> None:
-        with local_errors(path):
-            status = status or os.stat(path)
+        if status is None:
+            with local_errors(path):
+                status = os.stat(path)
         self.files.append(
             PlannedFile(
                 self._workspace,
@@ -2177,13 +2222,15 @@ class HuggingFaceUploader(_HuggingFace):
         configs: Callable[[], list[CardConfig]], owned: tuple[str, ...] = (),
     ) -> HubUploadResult:  # fmt: skip
         """Compare, send and verify one kind of data; `owned` are the folders --delete may empty."""
-        from hf_transport import UploadRun, compare_upload, require_within_limits
+        from hf_transport import UploadRun, compare_upload, hash_ahead, require_within_limits
 
         started = time.monotonic()
         plan = _without_cache_folders(plan)
         with self._hashes() as hashes:
             hashes.load(plan.workspace)
             uploads = self._uploads(plan, root, hashes)
+            if not self.dry_run:
+                hash_ahead(uploads, hashes)
             seen = looking.result()
             require_within_limits(uploads, seen.files)
             goes = self._deletable(plan, owned or (root,))
@@ -2226,10 +2273,12 @@ class HuggingFaceUploader(_HuggingFace):
 
         uploads = []
         for file in plan.files:
-            if self.parquet and file.below.endswith(".csv") and root != "workspace/":
+            below = file.below
+            if self.parquet and below.endswith(".csv") and root != "workspace/":
                 uploads += self._parquet_twin(file, root, hashes)
             else:
-                uploads.append(Upload(root + file.below, file.source, *file[2:]))
+                source = os.path.join(file.workspace, below)
+                uploads.append(Upload(root + below, source, *file[2:]))
         return uploads
 
     def _parquet_twin(self, file: PlannedFile, root: str, hashes: HashCache) -> list[Upload]:
@@ -2275,8 +2324,8 @@ class HuggingFaceUploader(_HuggingFace):
                 f"make one at {self.settings.endpoint}/settings/tokens: export HF_TOKEN=…",
             )
         try:
-            info = self._repo.info()
-            if self.private and not info.get("private"):
+            private = self._repo.is_private()
+            if self.private and not private:
                 raise RefusedError(
                     f"{self.settings.repo_id} is public; --private is for a new repository",
                     "make it private in its settings on the Hub, or leave out --private",
@@ -2287,7 +2336,7 @@ class HuggingFaceUploader(_HuggingFace):
             if not self.create:
                 raise
             return _Seen("", {}, {})
-        if self.private is False and info.get("private"):
+        if self.private is False and private:
             log.warning(
                 "%s is private and stays so: --public is for a new repository", self._repo.name
             )
@@ -2317,7 +2366,7 @@ class HuggingFaceUploader(_HuggingFace):
         """README.md with what was sent, around the prose that is in the existing one."""
         from hub_cards import CardFile, merged_card
 
-        files = [CardFile(u.path, u.size, hashes.sha256(u.source)) for u in uploads]
+        files = [CardFile(u.path, u.size, u.sha256(hashes)) for u in uploads]
         repo_id = self.settings.repo_id
         return merged_card(
             existing, title=f"{kind.title}: {repo_id.partition('/')[2]}",
@@ -2341,6 +2390,8 @@ def _config_per_table(paths: Sequence[str]) -> list[CardConfig]:
 
 def _without_cache_folders(plan: Plan) -> Plan:
     """The plan without .cache folders, which `hf download` makes and the Hub takes from nobody."""
+    if not any(".cache" in file.name for file in plan.files):
+        return plan
     files = [file for file in plan.files if ".cache" not in file.below.split("/")]
     taken = set(files)
     left_out = [
@@ -2715,8 +2766,8 @@ def _common_options() -> argparse.ArgumentParser:
     return parser
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole parser, one subparser a command."""
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The whole parser, one subparser a command; `only` that command gets its arguments."""
     common = _common_options()
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
@@ -2732,7 +2783,7 @@ def build_parser() -> argparse.ArgumentParser:
             parents=[common],
             formatter_class=_HelpFormatter, allow_abbrev=False,
         )  # fmt: skip
-        for argument in entry.arguments:
+        for argument in entry.arguments if only in (None, entry.name) else ():
             argument.add_to(subparser)
     return parser
 
@@ -3499,7 +3550,9 @@ def _run(argv: Sequence[str] | None) -> int:
     args = None
     with _written_out():
         try:
-            args = build_parser().parse_args(argv)
+            words = sys.argv[1:] if argv is None else argv
+            named = next((word for word in words if word in COMMANDS), "")
+            args = build_parser(only=named).parse_args(words)
         except SystemExit as stop:
             return int(stop.code or 0)
     if args is None:  # nobody reads --help

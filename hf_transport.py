@@ -81,6 +81,7 @@ READ_AT_ONCE_BYTES = MIB
 """A file of at most this size is read once, to be hashed and sent from memory."""
 
 DOWNLOAD_THREADS = 8
+HASH_THREADS = 4
 CSV_IN_LFS = "*.csv filter=lfs diff=lfs merge=lfs -text"
 LFS_CSV_BYTES = 1_000_000
 """From this size on a CSV is worth keeping in Xet storage, where appending costs little."""
@@ -522,15 +523,15 @@ class HubRepo:
                 "HF_HUB_OFFLINE is set: the Hub is not asked", "unset HF_HUB_OFFLINE"
             )
 
-    def info(self) -> dict[str, Any]:
-        """What the Hub says of the repository. Raises NotFoundError when there is none."""
+    def is_private(self) -> bool:
+        """Whether not everybody may read it. Raises NotFoundError when there is none."""
         with self.wire.understanding():
-            return dict(self.wire.json(self._api_url)[0])
+            return bool(self.wire.json(f"{self._api_url}?expand=private")[0]["private"])
 
     def head(self) -> str:
         """The commit that the revision names now."""
         revision = urllib.parse.quote(self.settings.revision, safe="")
-        document = self.wire.json(f"{self._api_url}/revision/{revision}")[0]
+        document = self.wire.json(f"{self._api_url}/revision/{revision}?expand=sha")[0]
         with self.wire.understanding():
             return str(document["sha"])
 
@@ -618,9 +619,10 @@ class HubRepo:
 
 
 def _remote_file(entry: Mapping[str, Any]) -> RemoteFile:
-    lfs = entry.get("lfs") or {}
-    size = int(lfs.get("size", entry["size"]))
-    return RemoteFile(str(entry["path"]), size, str(entry["oid"]), str(lfs.get("oid") or ""))
+    path, oid = str(entry["path"]), str(entry["oid"])
+    if lfs := entry.get("lfs"):
+        return RemoteFile(path, int(lfs["size"]), oid, str(lfs["oid"]))
+    return RemoteFile(path, int(entry["size"]), oid, "")
 
 
 def _limit_waiting(timeout: float) -> None:
@@ -667,6 +669,11 @@ class Upload(NamedTuple):
         kind, digest = ("sha256", there.sha256) if there.sha256 else ("git", there.git_oid)
         known = hashes.remembered(self.source, kind, self.size, self.mtime_ns, self.inode)
         return known == digest if known else there.is_same(self.source, hashes)
+
+    def sha256(self, hashes: HashCache) -> str:
+        """The SHA-256 of the content; read only when it is not remembered."""
+        known = hashes.remembered(self.source, "sha256", self.size, self.mtime_ns, self.inode)
+        return known or hashes.sha256(self.source)
 
 
 class Step(NamedTuple):
@@ -859,6 +866,9 @@ class UploadRun:
         if not _is_small(upload):
             self._require_unchanged(upload)
             operation = make(upload.path, _as_it_is(upload.source))
+            if not sends_by_xet():  # which hashes what it sends
+                known = self._hashes.sha256(upload.source)
+                operation.upload_info.sha256 = bytes.fromhex(known)
         else:
             with local_errors(upload.source), open(upload.source, "rb", buffering=0) as stream:
                 content = stream.readall()
@@ -969,6 +979,21 @@ class UploadRun:
                     f"{printable(upload.path)} in {self._repo.name} is not what was sent",
                     "run the same command again",
                 )
+
+
+def sends_by_xet() -> bool:
+    """Whether huggingface_hub will send large contents by Xet; asked before it is imported."""
+    off = os.environ.get("HF_HUB_DISABLE_XET", "").upper() in ("1", "TRUE", "YES", "ON")
+    return not off and importlib.util.find_spec("hf_xet") is not None
+
+
+def hash_ahead(uploads: Sequence[Upload], hashes: HashCache) -> None:
+    """Begin to hash large files: LFS wants to know a content before it is sent."""
+    large = [upload.source for upload in uploads if not _is_small(upload)]
+    if large and not sends_by_xet():
+        jobs = iter(large)
+        for _ in range(min(HASH_THREADS, len(large))):
+            in_background(lambda: [hashes.sha256(source) for source in jobs])
 
 
 def _is_small(upload: Upload) -> bool:

@@ -21,7 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # The project's folder must be on the path first, so that this file runs as a script.
-from benchmarks import bench_archive, bench_cli, bench_transfer, bench_upload_training
+from benchmarks import (
+    bench_archive,
+    bench_cli,
+    bench_hub,
+    bench_transfer,
+    bench_upload_training,
+)
 from benchmarks.harness import Bench, Row, table
 from tests.servers import find_program
 
@@ -30,6 +36,7 @@ COMPARISONS: dict[str, tuple[Callable[[Bench], None], tuple[str, ...]]] = {
     "upload-training": (bench_upload_training.run_all, ("tar", "sshd", "scp")),
     "loopback": (bench_transfer.loopback, ("sshd", "scp", "rsync")),
     "link": (bench_transfer.link, ("sshd", "scp")),
+    "hub": (bench_hub.run_all, ()),
     "cli": (bench_cli.run_all, ("tar",)),
 }
 
