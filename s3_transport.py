@@ -1,0 +1,2984 @@
+"""S3 for cloud_services: a bucket as a store of objects, every transfer verified and resumable.
+
+`Bucket(settings)` lists, sends, fetches, copies and deletes objects of any size, on AWS and on
+whatever speaks its language. boto3 finds what is not given: credentials of all kinds, the region,
+and AWS's own hosts. The requests travel over connections of our own, signed the same way: botocore
+spends 3.5 ms of processor time on each, cannot resume, and passes altered ranges on.
+cloud_services imports this file when a command needs a bucket.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import contextlib
+import dataclasses
+import datetime as dt
+import email.utils
+import functools
+import gzip
+import hashlib
+import hmac
+import html
+import http.client
+import io
+import itertools
+import json
+import logging
+import os
+import posixpath
+import queue
+import random
+import re
+import ssl
+import stat
+import threading
+import time
+import urllib.request
+import zlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
+from urllib.parse import quote, unquote, unquote_plus, urlsplit
+
+from cloud_services import (
+    CONNECT_SECONDS,
+    FLUSH_SEGMENTS,
+    KIB,
+    MIB,
+    SAME_COMMAND,
+    STALL_SECONDS,
+    AccessError,
+    Advance,
+    CloudError,
+    ConnectError,
+    DiskFullError,
+    IntegrityError,
+    LinkLostError,
+    NotFoundError,
+    Progress,
+    RateLimiter,
+    RefusedError,
+    TransferError,
+    UsageError,
+    cache_folder,
+    dotenv_settings,
+    free_space,
+    human_bytes,
+    in_background,
+    local_errors,
+    lock_part,
+    need,
+    open_for_update,
+    part_name,
+    printable,
+    require_space,
+    write_all,
+)
+from transfers import _SharedJobs, _Watermark
+
+log = logging.getLogger("cloud_services")
+T = TypeVar("T")
+R = TypeVar("R")
+
+PART_BYTES = 8 * MIB
+"""What is larger is sent in parts of this size, or of more where 10,000 of them would not do."""
+
+RANGE_BYTES = 16 * MIB
+"""A large object is fetched in ranges of this size."""
+
+BLOCK_BYTES = 256 * KIB
+"""One call to send or receive: what the stall timeout is about."""
+
+STREAM_PART_BYTES = 16 * MIB
+"""A stream of unknown size is sent in such parts: 168 GB at most."""
+
+MAX_PARTS = 10_000
+MAX_COPY_BYTES = 5 * 1024 * MIB  # of one CopyObject
+COPY_PART_BYTES = 512 * MIB
+SEND_LANES, FETCH_LANES, STREAM_LANES = 6, 6, 3
+"""Requests under way at once for one large object."""
+
+SMALL_SEND_LANES, SMALL_FETCH_LANES, FAR_LANES = 16, 8, 32
+"""Requests under way at once for many small objects; the last is for servers that are far away."""
+
+FAR_SECONDS = 0.005
+IN_MEMORY_BYTES = 48 * MIB
+"""So much of small files is held in memory at once, however many requests are under way."""
+
+MAX_ATTEMPTS = 5
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
+MAX_SKEW_SECONDS = 300
+WEEK_SECONDS = 7 * 86_400
+ERROR_BYTES = 64 * KIB
+
+HIDDEN_FOLDER = ".cloud_services"
+"""Where our own notes live in a bucket; listings leave it out."""
+
+ENDPOINT = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/\s@:?#\[\]]+)(:\d{1,5})?(/[^\s@?#]*)?")
+"""Where a server is: no keys in it, they would be shown in messages."""
+
+EMPTY_SHA256 = hashlib.sha256().hexdigest()
+SHA256_CHECK = "SHA-256 of the content, as noted with the object"
+PARTS_CHECK = "MD5 of each part, as the server computed it; no SHA-256 could be noted"
+SENT_CHECK = "MD5 of each request, as the server computed it; SHA-256 noted with the object"
+
+
+# ── settings ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _from(*variables: str, default: Any = None) -> Any:
+    """A dataclass field that falls back to environment variables, then `.env`, then `default`."""
+    return dataclasses.field(default=default, metadata={"variables": variables})
+
+
+def _secret() -> Any:
+    return dataclasses.field(default=None, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class S3Settings:
+    """Which bucket, and how to reach it. None means: as boto3's own chain or the default says."""
+
+    bucket: str = _from("S3_BUCKET", default="")
+    prefix: str = _from("S3_PREFIX", default="")
+    endpoint_url: str | None = _from("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    region: str | None = _from("AWS_REGION", "AWS_DEFAULT_REGION")
+    profile: str | None = _from("AWS_PROFILE")
+    max_concurrency: int | None = _from("AWS_S3_MAX_CONCURRENCY")
+    """Requests under way at once; None: as the size of the objects asks for."""
+    max_attempts: int = _from("AWS_MAX_ATTEMPTS", default=MAX_ATTEMPTS)
+    retry_mode: str | None = _from("AWS_RETRY_MODE")
+    """All modes wait ever longer, by chance, and all requests slow down when one is told to."""
+    limit_rate: int | None = None
+    """Bytes per second, over all connections."""
+    timeout: float = STALL_SECONDS
+    """Seconds without a byte after which a connection counts as dead."""
+    access_key_id: str | None = dataclasses.field(default=None, repr=False)
+    """Only from an argument or `.env`: what the environment holds boto3 finds itself."""
+    secret_access_key: str | None = _secret()
+    session_token: str | None = _secret()
+
+    @classmethod
+    def resolve(cls, **given: Any) -> S3Settings:
+        """Settings from `given` arguments, then the environment, then `.env`, then defaults."""
+        values = {name: value for name, value in given.items() if value is not None}
+        dotenv = dotenv_settings()
+        chosen = "profile" in values or any(
+            os.environ.get(name) for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID")
+        )
+        if str(values.get("bucket", "")).startswith("s3://"):  # a whole address, as it was given
+            values.setdefault("prefix", "")
+        for field in dataclasses.fields(cls):
+            variables = field.metadata.get("variables", ())
+            found = (source.get(name) for source in (os.environ, dotenv) for name in variables)
+            if field.name not in values and (value := next(filter(None, found), None)):
+                values[field.name] = value
+        if not chosen and "access_key_id" not in values:
+            for name in ("access_key_id", "secret_access_key", "session_token"):
+                values[name] = dotenv.get(f"AWS_{name.upper()}") or None
+        for name in ("max_concurrency", "max_attempts"):
+            if name in values:
+                values[name] = _count(values[name], name)
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        bucket, _, folder = self.bucket.removeprefix("s3://").partition("/")
+        if self.bucket.startswith("s3://"):
+            object.__setattr__(self, "bucket", bucket)
+            object.__setattr__(self, "prefix", posixpath.join(folder, self.prefix.strip("/")))
+        object.__setattr__(self, "prefix", self.prefix.strip("/"))
+        if not self.bucket:
+            raise UsageError("no bucket is named", "name one with --bucket, or S3_BUCKET in .env")
+        if not re.fullmatch(r"arn:[\w:/.-]+|[A-Za-z0-9][\w.-]{1,254}", self.bucket):
+            raise UsageError(
+                f"{printable(self.bucket)!r} is no bucket name", "use --bucket with a plain name"
+            )
+        if self.endpoint_url and not _is_endpoint(self.endpoint_url):
+            shown = re.sub(r"(?<=//)[^/]*@", "…@", printable(self.endpoint_url))
+            raise UsageError(
+                f"{shown!r} is no endpoint", "use --endpoint-url https://… (AWS_ENDPOINT_URL)"
+            )
+        if self.retry_mode not in (None, "legacy", "standard", "adaptive"):
+            raise UsageError(
+                f"{printable(self.retry_mode)!r} is no retry mode", "use AWS_RETRY_MODE=standard"
+            )
+        if self.limit_rate is not None and self.limit_rate <= 0:
+            raise UsageError("a rate limit must be positive", "use --limit-rate 10M")
+        if self.timeout <= 0:
+            raise UsageError("a timeout must be positive", f"use --timeout {STALL_SECONDS:g}")
+
+    def key(self, *names: str) -> str:
+        """The full key of a name below the prefix."""
+        return "/".join(filter(None, (self.prefix, *names)))
+
+
+def _is_endpoint(url: str) -> bool:
+    with contextlib.suppress(ValueError):  # a port beyond 65535
+        return bool(ENDPOINT.fullmatch(url)) and urlsplit(url).port != 0
+    return False
+
+
+def _count(text: object, name: str) -> int:
+    if str(text).isdecimal() and 0 < int(str(text)) <= 1000:
+        return int(str(text))
+    raise UsageError(f"{printable(text)!r} is no value for {name}", "use a number from 1 to 1000")
+
+
+# ── errors: one table for what servers and botocore say ──────────────────────────────────────────
+
+
+class _AlteredError(Exception):
+    """Something arrived that is not what was sent; another try may bring it whole."""
+
+
+class _NoConnectionError(Exception):
+    """The server, or the proxy before it, could not be reached."""
+
+
+class _RefusalError(Exception):
+    """The server refused a request; `response` is shaped like that of botocore's ClientError."""
+
+    def __init__(self, status: int, fields: Mapping[str, str], headers: Mapping[str, str]) -> None:
+        super().__init__(f"{fields.get('Code', status)}: {fields.get('Message', '')}")
+        self.response = {
+            "Error": {"Code": str(status), **fields},
+            "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": dict(headers)},
+        }
+
+
+class _BrokenAnswerError(Exception):
+    """An answer ended early or makes no sense; another try may bring a better one."""
+
+
+class _Rule(NamedTuple):
+    """What a failure means: the error's class, its message and its hint, both with {fields}."""
+
+    kind: type[CloudError]
+    message: str
+    hint: str = ""
+
+
+REACH = "check --endpoint-url (AWS_ENDPOINT_URL) and the network"
+KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile with --profile"
+LOGIN = "log in again: aws sso login, or get new keys"
+REGION = _Rule(
+    AccessError, "the bucket {bucket} is not in the region {region}", "add --region {right_region}"
+)
+DENIED = _Rule(
+    AccessError, "{place}: {right} is not allowed with the key {key_id}",
+    "let the policy allow {right}; what works shows: python cloud_services.py s3-check",
+)  # fmt: skip
+EXPIRED = _Rule(AccessError, "the session token has expired", LOGIN)
+NO_OBJECT = _Rule(NotFoundError, "{place} does not exist", "check the name, and --prefix")
+STORAGE_FULL = _Rule(
+    DiskFullError, "the storage of {endpoint} is full", "free some there, then " + SAME_COMMAND
+)
+BAD_NAME = _Rule(UsageError, "{endpoint} refuses {place}: {said}", "choose another name")
+UNKNOWN_CALL = _Rule(AccessError, "{endpoint} does not support {operation}")
+CHANGED = _Rule(
+    IntegrityError, "{place} changed while it was fetched",
+    "run the same command again: it starts anew",
+)  # fmt: skip
+ALTERED = _Rule(
+    IntegrityError, "{place} was altered on its way, each time it was tried: {said}",
+    "a proxy or the network damages data: try another way to {endpoint}",
+)  # fmt: skip
+
+S3_CODES: dict[str, _Rule] = {
+    "NoSuchBucket": _Rule(
+        NotFoundError, "the bucket {bucket} does not exist at {endpoint}",
+        "check --bucket (S3_BUCKET), --endpoint-url and --region",
+    ),
+    "NoSuchKey": NO_OBJECT, "404": NO_OBJECT, "NotFound": NO_OBJECT,
+    "AccessDenied": DENIED, "403": DENIED, "Forbidden": DENIED, "AllAccessDisabled": DENIED,
+    "InvalidAccessKeyId": _Rule(
+        AccessError, "{endpoint} does not know the access key {key_id}",
+        "check AWS_ACCESS_KEY_ID, and that --endpoint-url is the provider that gave it to you",
+    ),
+    "RequestTimeTooSkewed": _Rule(
+        AccessError, "the clock of this machine is wrong: {skew}",
+        "set it: sudo timedatectl set-ntp true",
+    ),
+    "ExpiredToken": EXPIRED, "TokenRefreshRequired": EXPIRED, "InvalidToken": EXPIRED,
+    "PermanentRedirect": REGION, "301": REGION, "AuthorizationHeaderMalformed": REGION,
+    "IllegalLocationConstraintException": REGION, "307": REGION,
+    "QuotaExceeded": STORAGE_FULL, "InsufficientStorage": STORAGE_FULL, "507": STORAGE_FULL,
+    "XMinioStorageFull": STORAGE_FULL, "StorageFull": STORAGE_FULL,
+    "PreconditionFailed": CHANGED, "412": CHANGED,
+    "NotImplemented": UNKNOWN_CALL, "MethodNotAllowed": UNKNOWN_CALL, "405": UNKNOWN_CALL,
+    "InvalidArgument": BAD_NAME, "KeyTooLongError": BAD_NAME, "InvalidBucketName": BAD_NAME,
+    "InvalidURI": BAD_NAME,
+    "BadDigest": ALTERED, "InvalidDigest": ALTERED, "XAmzContentSHA256Mismatch": ALTERED,
+    "InvalidObjectState": _Rule(
+        AccessError, "{place} is archived and cannot be read now",
+        "restore it first: aws s3api restore-object",
+    ),
+}  # fmt: skip
+
+VENDOR_ERRORS: dict[str, _Rule] = {
+    "NoCredentialsError": _Rule(AccessError, "no credentials for {endpoint} were found", KEYS),
+    "PartialCredentialsError": _Rule(AccessError, "the credentials are incomplete: {said}", KEYS),
+    "ProfileNotFound": _Rule(AccessError, "{said}", "check --profile (AWS_PROFILE)"),
+    "ConfigParseError": _Rule(AccessError, "{said}", "correct that file"),
+    "UnauthorizedSSOTokenError": _Rule(AccessError, "the SSO session has expired", LOGIN),
+    "SSOError": _Rule(AccessError, "{said}", LOGIN),
+    "TokenRetrievalError": _Rule(AccessError, "{said}", LOGIN),
+    "LoginError": _Rule(AccessError, "{said}", LOGIN),
+    "CredentialRetrievalError": _Rule(AccessError, "{said}", KEYS),
+    "NoRegionError": _Rule(AccessError, "no region is named", "use --region (AWS_DEFAULT_REGION)"),
+    "InvalidRegionError": _Rule(UsageError, "{said}", "check --region (AWS_DEFAULT_REGION)"),
+    "InvalidRetryModeError": _Rule(UsageError, "{said}", "check AWS_RETRY_MODE"),
+    "InvalidRetryConfigurationError": _Rule(UsageError, "{said}", "check AWS_MAX_ATTEMPTS"),
+    "ParamValidationError": BAD_NAME,
+    "SSLError": _Rule(
+        AccessError, "the certificate of {endpoint} is not trusted: {said}",
+        "name the authority's file with AWS_CA_BUNDLE, or check --endpoint-url",
+    ),
+    "_AlteredError": ALTERED,
+    "UnsupportedSignatureVersionError": UNKNOWN_CALL,
+}  # fmt: skip
+VENDOR_ERRORS["SSLCertVerificationError"] = VENDOR_ERRORS["SSLError"]
+
+CONNECT_ERRORS = (
+    "_NoConnectionError", "EndpointConnectionError", "ConnectTimeoutError", "ProxyConnectionError",
+)  # fmt: skip
+LINK_ERRORS = (
+    *CONNECT_ERRORS, "HTTPClientError", "ConnectionError", "ReadTimeoutError", "HTTPException",
+    "ConnectionClosedError", "ResponseStreamingError", "IncompleteReadError", "OSError",
+    "_BrokenAnswerError", "ResponseParserError",
+)  # fmt: skip
+PASSING_CODES = re.compile(
+    "SlowDown|Throttl|RequestTimeout$|InternalError|ServiceUnavailable|TooManyRequests"
+    "|RequestLimitExceeded|BandwidthLimitExceeded|OperationAborted|BadDigest"
+    "|XAmzContentSHA256Mismatch|XMinioServerNotInitialized"
+)
+PASSING_STATUSES = {429, *range(500, 600)} - {501, 507}
+RIGHTS = {
+    "HeadObject": "s3:GetObject", "GetObject": "s3:GetObject", "CopyObject": "s3:GetObject",
+    "UploadPartCopy": "s3:GetObject", "ListObjectsV2": "s3:ListBucket",
+    "HeadBucket": "s3:ListBucket", "DeleteObject": "s3:DeleteObject",
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
+    "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+}  # fmt: skip
+"""The right that each operation takes; s3:PutObject for all others."""
+
+
+def _kinds(error: BaseException) -> list[str]:
+    """The names of the error's classes, so that nothing has to be imported to compare them."""
+    return [kind.__name__ for kind in type(error).__mro__]
+
+
+def _is(error: BaseException, names: Iterable[str]) -> bool:
+    return not set(names).isdisjoint(_kinds(error))
+
+
+def _response(error: BaseException) -> tuple[str, int, Mapping[str, str], Mapping[str, str]]:
+    """The code, the status, the error's fields and the headers of a server's refusal."""
+    found: Any = getattr(error, "response", None)
+    if not isinstance(found, dict):
+        return "", 0, {}, {}
+    fields = found.get("Error", {})
+    meta = found.get("ResponseMetadata", {})
+    headers = {name.lower(): value for name, value in meta.get("HTTPHeaders", {}).items()}
+    return str(fields.get("Code", "")), int(meta.get("HTTPStatusCode") or 0), fields, headers
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether another try may do better: a broken link, a busy server, damage on the way."""
+    code, status, _, _ = _response(error)
+    if code or status:
+        return bool(PASSING_CODES.search(code)) or status in PASSING_STATUSES
+    if _is(error, VENDOR_ERRORS.keys() - {"_AlteredError"}):
+        return False
+    return _is(error, (*LINK_ERRORS, "_AlteredError"))
+
+
+def _right_region(error: BaseException) -> str:
+    """The region that the server names instead; empty: it names none."""
+    code, status, fields, headers = _response(error)
+    if S3_CODES.get(code) is not REGION and status not in (301, 307, 400):
+        return ""
+    named = fields.get("Region") or headers.get("x-amz-bucket-region", "")
+    if not named and code == "AuthorizationHeaderMalformed":
+        found = re.search(r"expecting '([\w-]+)'", str(fields.get("Message", "")))
+        named = found[1] if found else ""
+    return named
+
+
+def _skew(headers: Mapping[str, str]) -> float | None:
+    """Seconds by which this machine's clock is ahead of the server's; None: it told no time."""
+    try:
+        server = email.utils.parsedate_to_datetime(headers["date"]).timestamp()
+    except (KeyError, ValueError):
+        return None
+    return time.time() - server
+
+
+def _skew_text(skew: float | None) -> str:
+    if skew is None:
+        return "the server takes its time for too far off"
+    return f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the server's"
+
+
+# ── access: credentials, endpoint, region and signatures ─────────────────────────────────────────
+
+
+class _Keys(NamedTuple):
+    """Keys that do not change, with the face of botocore's credentials."""
+
+    access_key: str
+    secret_key: str
+    token: str | None
+    method: str
+
+    def get_frozen_credentials(self) -> _Keys:
+        """Themselves."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"_Keys({_masked(self.access_key)})"
+
+
+class _Access:
+    """The way into a bucket as boto3's chain finds it, and the signatures for requests of our own.
+
+    Raises AccessError or UsageError when credentials or settings are missing or make no sense.
+    """
+
+    def __init__(self, settings: S3Settings) -> None:
+        self.settings = settings
+        self.endpoint = settings.endpoint_url or "AWS"
+        self.region = settings.region or ""
+        self.key_id = ""
+        self.credentials: Any = None
+        self._signing_key = ("", b"")
+        try:
+            self._open()
+        except Exception as error:
+            raise self.translate(error) from error
+
+    def _open(self) -> None:
+        given, keys = self.settings, self._plain_keys()
+        if given.endpoint_url and given.region and keys and not self._has_files():
+            self.credentials, self.region = keys, given.region
+            self._find_way(given.endpoint_url, f"/{quote(given.bucket)}/", "")
+        else:
+            self._open_by_botocore(keys)
+        self.key_id = _masked(self.credentials.get_frozen_credentials().access_key)
+
+    def _plain_keys(self) -> _Keys | None:
+        """Keys that were given or stand in the environment, where boto3 looks first, too."""
+        given = self.settings
+        if given.access_key_id and given.secret_access_key:
+            return _Keys(given.access_key_id, given.secret_access_key, given.session_token, ".env")
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+        key_id, secret, token = map(os.environ.get, names)
+        if key_id and secret and not given.profile:
+            return _Keys(key_id, secret, token, "the environment")
+        return None
+
+    def _has_files(self) -> bool:
+        """Whether there are settings that only botocore reads, or a profile that it has to find."""
+        path = os.environ.get("AWS_CONFIG_FILE") or os.path.join("~", ".aws", "config")
+        return bool(self.settings.profile) or os.path.exists(os.path.expanduser(path))
+
+    def _open_by_botocore(self, keys: _Keys | None) -> None:
+        """Ask botocore for what is missing: profiles, SSO, roles, instances, AWS's own hosts."""
+        given = self.settings
+        session = need("botocore.session", "boto3").Session(profile=given.profile)
+        if keys:
+            session.set_credentials(keys.access_key, keys.secret_key, keys.token)
+        self.region = given.region or session.get_config_variable("region") or "us-east-1"
+        config = need("botocore.config", "boto3").Config(retries={"total_max_attempts": 1})
+        client = session.create_client(
+            "s3", region_name=self.region, endpoint_url=given.endpoint_url, config=config
+        )
+        self.endpoint = str(client.meta.endpoint_url)
+        self.credentials = keys or session.get_credentials()
+        if self.credentials is None:
+            raise need("botocore.exceptions", "boto3").NoCredentialsError
+        url = urlsplit(_address(client, given.bucket))
+        bundle = session.get_config_variable("ca_bundle")
+        self._find_way(f"{url.scheme}://{url.netloc}", url.path[:-1], bundle)
+
+    def _find_way(self, endpoint: str, base: str, bundle: str | None) -> None:
+        """Where to connect to, whom to trust, and through which proxy."""
+        url = urlsplit(endpoint)
+        self.secure, self.host = url.scheme == "https", url.netloc
+        self._base = url.path.rstrip("/") + base
+        bundle = bundle or os.environ.get("AWS_CA_BUNDLE") or os.environ.get("REQUESTS_CA_BUNDLE")
+        self._trust = _trust(bundle) if self.secure else None
+        bypassed = urllib.request.proxy_bypass(url.hostname or "")
+        self._proxy = None if bypassed else urllib.request.getproxies().get(url.scheme)
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A connection to the bucket's host, through the proxy of the environment if there is one.
+
+        Its socket opens with the first request.
+        """
+        proxy = urlsplit(self._proxy or "")
+        host = proxy.netloc.rpartition("@")[2] if self._proxy else self.host
+        if not self.secure:
+            return http.client.HTTPConnection(host, timeout=self.settings.timeout)
+        connection = http.client.HTTPSConnection(
+            host, timeout=self.settings.timeout, context=self._trust
+        )
+        if self._proxy:
+            connection.set_tunnel(self.host, headers=_proxy_login(proxy.username, proxy.password))
+        return connection
+
+    @property
+    def credentials_source(self) -> str:
+        """Where boto3 found the keys: env, shared-credentials-file, sso, …"""
+        return str(self.credentials.method)
+
+    def path(self, key: str) -> str:
+        """The path of an object in a URL."""
+        try:
+            return self._base + quote(key, safe="/-_.~")
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"{printable(key)} is no text in UTF-8, as keys must be", "choose another name"
+            ) from error
+
+    def target(self, path: str, query: str) -> str:
+        """What stands in the request line; a proxy for plain HTTP wants the whole URL."""
+        where = f"{path}?{query}" if query else path
+        return f"http://{self.host}{where}" if self._proxy and not self.secure else where
+
+    def signed(self, request: _Request, path: str, query: str) -> dict[str, str]:
+        """The request's headers with a signature (AWS Signature Version 4, in the header)."""
+        credentials = self.credentials.get_frozen_credentials()
+        now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        headers = {"host": self.host, "x-amz-date": now, **request.headers}
+        headers["x-amz-content-sha256"] = request.payload
+        if credentials.token:
+            headers["x-amz-security-token"] = credentials.token
+        names = sorted(headers)
+        listed = ";".join(names)
+        lines = [request.method, path, query, *(f"{name}:{headers[name]}" for name in names)]
+        canonical = "\n".join([*lines, "", listed, request.payload])
+        scope = f"{now[:8]}/{self.region}/s3/aws4_request"
+        digest = hashlib.sha256(canonical.encode()).hexdigest()
+        to_sign = f"AWS4-HMAC-SHA256\n{now}\n{scope}\n{digest}"
+        key = self._day_key(credentials.secret_key, scope)
+        signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
+        headers["authorization"] = (
+            f"AWS4-HMAC-SHA256 Credential={credentials.access_key}/{scope},"
+            f" SignedHeaders={listed}, Signature={signature}"
+        )
+        return headers
+
+    def _day_key(self, secret: str, scope: str) -> bytes:
+        name = f"{scope} {secret}"
+        known, key = self._signing_key
+        if known != name:
+            key = f"AWS4{secret}".encode()
+            for word in scope.split("/"):
+                key = hmac.digest(key, word.encode(), "sha256")
+            self._signing_key = (name, key)
+        return key
+
+    def translate(
+        self, error: BaseException, operation: str = "", key: str = "", reached: bool = True
+    ) -> CloudError:
+        """The error a user understands.
+
+        What nobody has foreseen is a TransferError with the server's own words, or is raised as
+        it is when no server said it.
+        """
+        if isinstance(error, CloudError):
+            return error
+        code, status, fields, headers = _response(error)
+        if code == "SignatureDoesNotMatch":
+            return self._wrong_signature(_skew(headers))
+        rule = S3_CODES.get(code) or S3_CODES.get(str(status))
+        if rule is DENIED and abs(_skew(headers) or 0) > MAX_SKEW_SECONDS:
+            rule = S3_CODES["RequestTimeTooSkewed"]
+        rule = rule or next((VENDOR_ERRORS[k] for k in _kinds(error) if k in VENDOR_ERRORS), None)
+        said = printable(fields.get("Message") or error)[:300]
+        place = f"s3://{self.settings.bucket}/{printable(key)}".rstrip("/")
+        if rule:
+            words = {
+                "bucket": printable(self.settings.bucket), "endpoint": self.endpoint,
+                "region": self.region, "right_region": _right_region(error) or "REGION",
+                "place": place, "operation": operation or "this", "key_id": self.key_id,
+                "right": RIGHTS.get(operation, "s3:PutObject"), "said": said,
+                "skew": _skew_text(_skew(headers)),
+            }  # fmt: skip
+            return rule.kind(rule.message.format(**words), rule.hint.format(**words))
+        if code or status:
+            return TransferError(f"{place}: {operation}: {printable(code)}: {said}", SAME_COMMAND)
+        return self._lost(error, said, reached)
+
+    def _lost(self, error: BaseException, said: str, reached: bool) -> CloudError:
+        """The error for a link that broke, or never came about."""
+        if not reached and _is(error, CONNECT_ERRORS):
+            return ConnectError(f"{self.endpoint} cannot be reached: {said}", REACH)
+        if _is(error, ("TimeoutError", "ReadTimeoutError")):
+            said = f"nothing was heard for {self.settings.timeout:g} s"
+        if _is(error, LINK_ERRORS):
+            return LinkLostError(f"lost {self.endpoint}: {said}", SAME_COMMAND)
+        raise error
+
+    def _wrong_signature(self, skew: float | None) -> CloudError:
+        """Which of key, endpoint and clock is to blame for a signature that does not match."""
+        if skew is not None and abs(skew) > MAX_SKEW_SECONDS:
+            rule = S3_CODES["RequestTimeTooSkewed"]
+            return rule.kind(rule.message.format(skew=_skew_text(skew)), rule.hint)
+        credentials = self.credentials.get_frozen_credentials()
+        clock = "the clock is right" if skew is not None else "the server tells no time"
+        if credentials.secret_key != credentials.secret_key.strip(" \t\r\n\"'"):
+            what, step = "the secret key has blanks or quotes around it", "remove them"
+        elif credentials.access_key[:4] in ("AKIA", "ASIA") and not _is_aws(self.host):
+            what, step = f"the key {self.key_id} is of AWS, {self.host} is not", REACH
+        else:
+            what = f"the secret key is not the one of {self.key_id}"
+            step = "check AWS_SECRET_ACCESS_KEY, and that --endpoint-url is its provider"
+        found = f"({clock}; the keys come from: {self.credentials_source})"
+        return AccessError(f"{self.endpoint} refuses the signature: {what} {found}", step)
+
+
+def _address(client: Any, bucket: str) -> str:
+    """The URL to which botocore would send a request about the object x; nothing is sent."""
+
+    class FoundError(Exception):
+        """Ends the call where it would reach for the network."""
+
+    def stop(request: Any, **_more: object) -> None:
+        raise FoundError(request.url)
+
+    client.meta.events.register("before-send.s3.HeadObject", stop)
+    try:
+        client.head_object(Bucket=bucket, Key="x")
+    except FoundError as found:
+        return str(found)
+    raise AssertionError("the call was stopped")
+
+
+def _trust(bundle: str | None) -> ssl.SSLContext:
+    """The authorities to trust: those named, the system's, or botocore's where it has none."""
+    system = ssl.get_default_verify_paths()
+    if not bundle and os.name != "nt" and not (system.cafile or system.capath):
+        bundle = need("botocore.httpsession", "boto3").get_cert_path(True)
+    return ssl.create_default_context(cafile=bundle or None)
+
+
+def _masked(key_id: str) -> str:
+    return f"{printable(key_id[:4])}…{printable(key_id[-4:])}" if len(key_id) > 12 else "given"
+
+
+def _is_aws(host: str) -> bool:
+    return bool(re.search(r"\.amazonaws\.com(\.cn)?(:\d+)?$", host))
+
+
+def _proxy_login(user: str | None, password: str | None) -> dict[str, str]:
+    if not user:
+        return {}
+    login = f"{unquote(user)}:{unquote(password or '')}"
+    return {"Proxy-Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+
+
+# ── wire: requests that carry content ────────────────────────────────────────────────────────────
+
+
+class _Request(NamedTuple):
+    """One request for an object. Header names are lower case; `payload` is the body's SHA-256."""
+
+    method: str
+    key: str
+    headers: Mapping[str, str] = {}
+    query: Sequence[tuple[str, str]] = ()
+    payload: str = EMPTY_SHA256
+
+
+UNSIGNED = "UNSIGNED-PAYLOAD"
+"""Stands for the digest of a body that is covered by the signed Content-MD5 instead."""
+
+
+class Receiver(Protocol):
+    """Takes an answer's body."""
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """An accepted answer starts; raise when it is not the one that was asked for."""
+
+    def take(self, data: memoryview) -> None:
+        """More of the body; the memory is used again afterwards."""
+
+
+class _Link:
+    """A kept connection and the buffer that belongs to it."""
+
+    def __init__(self, access: _Access) -> None:
+        self.access = access
+        self.connection = access.connect()
+        self.buffer = bytearray(BLOCK_BYTES)
+        self.used = False
+
+
+class _Wire:
+    """Sends and fetches object bodies, on one kept connection per thread, block by block.
+
+    Raises _RefusalError for refusals, and what sockets and http.client raise for all else.
+    """
+
+    def __init__(self, access: _Access, limiter: RateLimiter) -> None:
+        self.access = access
+        self.round_trip: float | None = None
+        """Seconds to the server and back, from how long it took to connect."""
+        self._limiter = limiter
+        self._local = threading.local()
+
+    def exchange(
+        self, request: _Request, body: bytes | memoryview = b"", advance: Advance | None = None,
+        receiver: Receiver | None = None,
+    ) -> Mapping[str, str]:  # fmt: skip
+        """Send a request; hand an accepted answer to `receiver`. Returns its headers.
+
+        `advance` hears of each block of `body`, and hears it back when the request fails.
+        """
+        counted = _Counted(advance)
+        try:
+            link, response = self._answered(request, memoryview(body), counted)
+            with self._closing_when_broken(link):
+                return self._read(link, response, receiver)
+        except BaseException:
+            counted.undo()
+            raise
+
+    def _answered(
+        self, request: _Request, body: memoryview, counted: _Counted
+    ) -> tuple[_Link, http.client.HTTPResponse]:
+        """The answer's head; a kept connection that the server has closed meanwhile is replaced."""
+        link = self._link()
+        try:
+            with self._closing_when_broken(link):
+                return link, self._ask(link, request, body, counted)
+        except (http.client.RemoteDisconnected, ConnectionError):
+            if not link.used or request.method == "POST" or counted.count > BLOCK_BYTES:
+                raise
+        counted.undo()
+        link = self._link()
+        with self._closing_when_broken(link):
+            return link, self._ask(link, request, body, counted)
+
+    def _link(self) -> _Link:
+        link: _Link | None = getattr(self._local, "link", None)
+        if link is None or link.access is not self.access:
+            link = self._local.link = self._connected()
+        return link
+
+    def _connected(self) -> _Link:
+        link, started = _Link(self.access), time.monotonic()
+        connection = link.connection
+        patience, connection.timeout = connection.timeout, CONNECT_SECONDS
+        try:
+            connection.connect()
+        except ssl.SSLCertVerificationError:
+            raise
+        except (OSError, http.client.HTTPException) as error:
+            raise _NoConnectionError(str(error)) from error
+        connection.timeout = patience
+        connection.sock.settimeout(patience)
+        taken = (time.monotonic() - started) / (3 if self.access.secure else 1)  # TLS goes thrice
+        self.round_trip = min(taken, self.round_trip or taken)
+        return link
+
+    @contextlib.contextmanager
+    def _closing_when_broken(self, link: _Link) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            link.connection.close()
+            self._local.link = None
+            if isinstance(error, ssl.SSLError):  # not about certificates: those were looked at
+                raise ConnectionError(str(error)) from error
+            raise
+
+    def _ask(
+        self, link: _Link, request: _Request, body: memoryview, counted: _Counted
+    ) -> http.client.HTTPResponse:
+        access, connection = link.access, link.connection
+        path, query = access.path(request.key), _query(request.query)
+        connection.putrequest(
+            request.method, access.target(path, query), skip_host=True, skip_accept_encoding=True
+        )
+        for name, value in access.signed(request, path, query).items():
+            connection.putheader(name, value)
+        if request.method in ("PUT", "POST"):
+            connection.putheader("content-length", str(len(body)))
+        # A server may refuse before it has read everything: then its answer counts.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError) if body else _NOTHING:
+            connection.endheaders()
+            for start in range(0, len(body), BLOCK_BYTES):
+                block = body[start : start + BLOCK_BYTES]
+                self._limiter.take(len(block))
+                connection.send(block)
+                counted.add(len(block))
+        response = connection.getresponse()
+        if counted.count < len(body) and response.status < 300:
+            raise _BrokenAnswerError("the server accepted a body before it had all of it")
+        return response
+
+    def _read(
+        self, link: _Link, response: http.client.HTTPResponse,
+        receiver: Receiver | None,
+    ) -> Mapping[str, str]:  # fmt: skip
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        accepted = response.status in (200, 204, 206)
+        if accepted and receiver is not None:
+            receiver.begin(response.status, headers)
+            self._receive(link, response, receiver)
+        else:
+            text = response.read(ERROR_BYTES)
+            if not accepted or b"<Error>" in text:  # S3 may find the error after its 200
+                raise _refusal(response.status, text, headers)
+            response.read()
+        link.used = True
+        if response.will_close:
+            link.connection.close()
+        return headers
+
+    def _receive(self, link: _Link, response: http.client.HTTPResponse, receiver: Receiver) -> None:
+        """Hand the body on; one that ends early is an error, which readinto passes over."""
+        expected, got = response.length, 0
+        view = memoryview(link.buffer)
+        while count := response.readinto(link.buffer):
+            self._limiter.take(count)
+            receiver.take(view[:count])
+            got += count
+        if expected is not None and got != expected:
+            raise _BrokenAnswerError(f"the answer ended after {got} of {expected} bytes")
+
+
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+class _Counted:
+    """Counts what it passes on to a progress, and can take it back."""
+
+    def __init__(self, advance: Advance | None) -> None:
+        self._advance = advance
+        self.count = 0
+
+    def add(self, count: int) -> None:
+        self.count += count
+        if self._advance:
+            self._advance(count)
+
+    def undo(self) -> None:
+        self.take_back(self.count)
+        self.count = 0
+
+    def take_back(self, count: int) -> None:
+        if self._advance and count:
+            self._advance(-count)
+
+
+def _query(pairs: Sequence[tuple[str, str]]) -> str:
+    """A query string as the signature wants it: encoded and sorted."""
+    encoded = ((quote(name, safe="-_.~"), quote(value, safe="-_.~")) for name, value in pairs)
+    return "&".join(f"{name}={value}" for name, value in sorted(encoded))
+
+
+def _operation(request: _Request) -> str:
+    """What S3 calls this request."""
+    names = {name for name, _ in request.query}
+    for method, mark, operation in OPERATIONS:
+        if request.method == method and (not mark or mark in names or mark in request.headers):
+            return operation
+    return request.method
+
+
+OPERATIONS = (
+    ("GET", "list-type", "ListObjectsV2"), ("GET", "uploads", "ListMultipartUploads"),
+    ("GET", "", "GetObject"), ("HEAD", "", "HeadObject"),
+    ("DELETE", "uploadId", "AbortMultipartUpload"), ("DELETE", "", "DeleteObject"),
+    ("POST", "uploads", "CreateMultipartUpload"), ("POST", "", "CompleteMultipartUpload"),
+    ("PUT", "partNumber", "UploadPart"), ("PUT", "x-amz-copy-source", "CopyObject"),
+    ("PUT", "", "PutObject"),
+)  # fmt: skip
+"""Method, a query parameter or header, and the operation they mean together."""
+
+
+def _refusal(status: int, text: bytes, headers: Mapping[str, str]) -> _RefusalError:
+    """What the server says against a request."""
+    found = re.findall(rb"<(\w+)>([^<]{0,500})</\1>", text)
+    fields = {
+        name.decode(): html.unescape(value.decode("utf-8", "replace")) for name, value in found
+    }
+    return _RefusalError(status, fields, headers)
+
+
+# ── objects ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class ObjectInfo(NamedTuple):
+    """An object in a listing: size in bytes, mtime in seconds since 1970, ETag without quotes."""
+
+    key: str
+    size: int
+    etag: str
+    mtime: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectHead:
+    """All that is known of one object without fetching it. `sha256` is empty for other tools'."""
+
+    key: str
+    size: int
+    etag: str
+    mtime: float
+    sha256: str = ""
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    opaque: bool = False
+    """The ETag says nothing about the content: the server encrypts with a key of its own."""
+    checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Whole-object checksums that S3 itself keeps, by algorithm, in hex."""
+
+
+def head_of(key: str, headers: Mapping[str, str]) -> ObjectHead:
+    """What the headers of an answer tell of an object."""
+    if not headers.get("etag"):
+        raise _BrokenAnswerError("an answer about an object has no ETag")
+    meta = {n.removeprefix("x-amz-meta-"): v for n, v in headers.items() if "x-amz-meta-" in n}
+    sha256 = meta.pop("sha256", "").lower()
+    return ObjectHead(
+        key, int(headers.get("content-length", 0)), headers.get("etag", "").strip('"'),
+        _time(headers.get("last-modified", "")),
+        sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else "", meta, _is_opaque(headers),
+        _checksums(headers),
+    )  # fmt: skip
+
+
+def _time(text: str) -> float:
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _is_opaque(headers: Mapping[str, str]) -> bool:
+    """Whether the ETag is no MD5 because the server encrypts with a key of its own."""
+    kms = headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
+    return kms or "x-amz-server-side-encryption-customer-algorithm" in headers
+
+
+def _checksums(headers: Mapping[str, str]) -> dict[str, str]:
+    """Checksums of the whole object, not of its parts, in hex."""
+    found = {}
+    for name in ("sha256", "crc32"):
+        value = headers.get(f"x-amz-checksum-{name}", "")
+        if value and "-" not in value and headers.get("x-amz-checksum-type") != "COMPOSITE":
+            with contextlib.suppress(ValueError):
+                found[name] = base64.b64decode(value, validate=True).hex()
+    return found
+
+
+class Stored(NamedTuple):
+    """An object that arrived, there or here: `moved` counts the bytes of this run alone."""
+
+    key: str
+    size: int
+    moved: int
+    sha256: str
+    etag: str
+    check: str
+
+
+class Outcome(NamedTuple):
+    """How one of many transfers ended: `stored` or `error` is set."""
+
+    key: str
+    path: Path
+    stored: Stored | None
+    error: CloudError | None
+
+
+class Check(NamedTuple):
+    """One line of a check-up. `ok` None: it works without, at a price."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    remedy: str = ""
+
+
+def local_name(key: str, prefix: str = "") -> str:
+    """The path below a folder for an object's key below `prefix`, with slashes.
+
+    Raises RefusedError for a key that would leave the folder or is no file name on this system.
+    """
+    name = key.removeprefix(prefix)
+    parts = name.split("/")
+    why = ""
+    if not name or any(part in ("", ".", "..") for part in parts) or "\0" in name:
+        why = "is no path below a folder"
+    elif os.name == "nt" and re.search(r'[\\:*?"<>|\x00-\x1f]|[ .](/|$)', name):
+        why = "is no file name on Windows"
+    elif any(len(os.fsencode(part)) > 255 for part in parts):
+        why = "has too long a name for a file"
+    elif re.fullmatch(r"\..*\.[0-9a-f]{12}\.part(\.journal)?", parts[-1], re.DOTALL):
+        why = "looks like an unfinished file"
+    if why:
+        raise RefusedError(f"the object {printable(key)!r} is left out: its key {why}")
+    return name
+
+
+# ── what content is compared with ────────────────────────────────────────────────────────────────
+
+
+class _Hash(Protocol):
+    def update(self, data: bytes | bytearray | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+class _PartsMD5:
+    """The ETag of a multipart upload: the MD5 of its parts' MD5s, and their number."""
+
+    def __init__(self, part_bytes: int) -> None:
+        self._part_bytes = part_bytes
+        self._room = part_bytes
+        self._part = _md5()
+        self._digests: list[bytes] = []
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        view = memoryview(data)
+        while view:
+            piece, view = view[: self._room], view[self._room :]
+            self._part.update(piece)
+            self._room -= len(piece)
+            if not self._room:
+                self._finish_part()
+
+    def _finish_part(self) -> None:
+        self._digests.append(self._part.digest())
+        self._part, self._room = _md5(), self._part_bytes
+
+    def hexdigest(self) -> str:
+        if self._room < self._part_bytes:
+            self._finish_part()
+        return _joint_etag(self._digests)
+
+
+class _CRC32:
+    """zlib's CRC-32 with the face of a hash."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes | bytearray | memoryview, /) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def hexdigest(self) -> str:
+        return f"{self._value:08x}"
+
+
+def _md5(data: bytes | bytearray | memoryview = b"") -> Any:
+    return hashlib.md5(data, usedforsecurity=False)
+
+
+def _joint_etag(digests: Sequence[bytes]) -> str:
+    return f"{_md5(b''.join(digests)).hexdigest()}-{len(digests)}"
+
+
+def _is_md5(etag: str) -> bool:
+    return bool(re.fullmatch("[0-9a-f]{32}", etag))
+
+
+class _Verifier:
+    """Hashes content as it comes, and compares it with the strongest digest the object has."""
+
+    def __init__(self, head: ObjectHead, part_bytes: int = 0) -> None:
+        self._head = head
+        self._sha256 = hashlib.sha256()
+        self.how, self._expected, self._other = _proof(head, part_bytes)
+        self.decides = bool(self._expected)
+        """Whether there is a digest at all."""
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        """More of the content, in order."""
+        self._sha256.update(data)
+        if self._other is not None:
+            self._other.update(data)
+
+    def confirm(self) -> str:
+        """The SHA-256 of the content. Raises IntegrityError when it is not the object's."""
+        found = self._sha256.hexdigest()
+        compared = self._other.hexdigest() if self._other is not None else found
+        if self._expected and compared != self._expected:
+            raise IntegrityError(
+                f"what came for {printable(self._head.key)} is not what was stored: {self.how}"
+                " differs",
+                "run the same command again; if it stays so, send the object anew",
+            )
+        return found
+
+
+def _proof(head: ObjectHead, part_bytes: int) -> tuple[str, str, _Hash | None]:
+    """How to verify an object, the digest it must have, and what computes that (None: SHA-256)."""
+    if head.sha256:
+        return SHA256_CHECK, head.sha256, None
+    if "sha256" in head.checksums:
+        return "SHA-256 of the content, as the server keeps it", head.checksums["sha256"], None
+    if _is_md5(head.etag) and not head.opaque:
+        return "MD5 of the content (its ETag; no SHA-256 was stored)", head.etag, _md5()
+    if part_bytes and not head.opaque:
+        how = "MD5 of its parts (its ETag; no SHA-256 was stored)"
+        return how, head.etag, _PartsMD5(part_bytes)
+    if "crc32" in head.checksums:
+        return "CRC-32 of the content (no SHA-256 was stored)", head.checksums["crc32"], _CRC32()
+    return "its size only: another tool stored it without a digest", "", None
+
+
+# ── sending a file in parts ──────────────────────────────────────────────────────────────────────
+
+
+class _SentPart(NamedTuple):
+    """A part that the server has: what it calls it, and the MD5 of what was sent."""
+
+    etag: str
+    md5: str
+
+
+class _UploadNotes:
+    """The journal of one multipart upload, in the cache folder: what the server has confirmed.
+
+    Parts in it count only for the very content they were sent from: the first line names its
+    SHA-256; without one nothing is continued, only cleared away. `upload_id` is empty when the
+    process died before the server named one.
+    """
+
+    def __init__(self, place: str, size: int = 0, sha256: str = "", part_bytes: int = 0) -> None:
+        self._header = json.dumps([place, size, sha256, part_bytes])
+        self.path = self.path_for(place)
+        with local_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = open_for_update(self.path)
+            try:
+                _lock(self._stream, self.path, place)
+            except BaseException:
+                self._stream.close()
+                raise
+            lines = self._stream.read().decode("utf-8", "replace").splitlines()
+        self.started = bool(lines)
+        self.changed = os.fstat(self._stream.fileno()).st_mtime
+        self.same_content = bool(sha256) and lines[:1] == [self._header]
+        ids = [line[7:] for line in lines if line.startswith("upload ")]
+        self.upload_id = ids[-1] if ids else ""
+        self.parts = self._noted(lines) if self.same_content else {}
+        self._lock = threading.Lock()
+
+    @staticmethod
+    def path_for(place: str) -> Path:
+        """Where the journal for an object is."""
+        name = hashlib.sha256(place.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return cache_folder() / "uploads" / f"{name}.journal"
+
+    @staticmethod
+    def _noted(lines: Sequence[str]) -> dict[int, _SentPart]:
+        found = (re.fullmatch(r"part (\d{1,5}) (\S+) (\S+) \.", line) for line in lines)
+        return {int(match[1]): _SentPart(match[2], match[3]) for match in found if match}
+
+    def start(self) -> None:
+        """Begin anew; a line without an id tells that the server may know an upload we do not."""
+        self._stream.seek(0)
+        self._stream.truncate(0)
+        self.upload_id, self.parts = "", {}
+        self._write(self._header)
+
+    def name(self, upload_id: str) -> None:
+        """The server has begun the upload."""
+        self.upload_id = upload_id
+        self._write(f"upload {upload_id}")
+
+    def note(self, number: int, part: _SentPart) -> None:
+        """The server has confirmed a part."""
+        with self._lock:
+            self._write(f"part {number} {part.etag} {part.md5} .")
+
+    def _write(self, line: str) -> None:
+        with local_errors(self.path):
+            write_all(self._stream, f"{line}\n".encode())
+
+    def forget(self) -> None:
+        """The upload is over."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def close(self) -> None:
+        """Let others have it."""
+        self._stream.close()
+
+
+class _LocalFile:
+    """A regular file that is to be sent, and what it looked like when that was decided."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with local_errors(path):
+            self._status = os.stat(path)
+        if not stat.S_ISREG(self._status.st_mode):
+            raise UsageError(f"{printable(path)} is not a regular file")
+        self.size = self._status.st_size
+        self.crcs: list[int] = []
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Its time, under the name that rclone gave it."""
+        return {"mtime": f"{self._status.st_mtime_ns / 1e9:.6f}"}
+
+    def require_unchanged(self, stream: IO[bytes]) -> None:
+        """Raise IntegrityError when the open file is not what it was."""
+        now, then = os.fstat(stream.fileno()), self._status
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (
+            then.st_size, then.st_mtime_ns, then.st_ino,
+        ):  # fmt: skip
+            raise changed_while_sent(self.path)
+
+    def read(self) -> bytes:
+        """All of it, at one moment."""
+        with local_errors(self.path), open(self.path, "rb", buffering=0) as stream:
+            content = stream.read(self.size + 1)
+            self.require_unchanged(stream)
+        if len(content) != self.size:
+            raise changed_while_sent(self.path)
+        return content
+
+    def sha256(self) -> str:
+        """The SHA-256 of its content; on the way, the CRC-32 of each part in which it is sent."""
+        digest, buffer, self.crcs = hashlib.sha256(), bytearray(MIB), []
+        blocks, crc, count = part_bytes_for(self.size) // MIB, 0, 0
+        with local_errors(self.path), open(self.path, "rb", buffering=0) as stream:
+            while length := _fill(stream, memoryview(buffer)):
+                block = memoryview(buffer)[:length]
+                digest.update(block)
+                crc, count = zlib.crc32(block, crc), count + 1
+                if count % blocks == 0:
+                    self.crcs.append(crc)
+                    crc = 0
+            self.crcs += [crc] if count % blocks else []
+            self.require_unchanged(stream)
+        return digest.hexdigest()
+
+
+def _lock(stream: IO[bytes], path: Path, shown: object) -> None:
+    """Refuse what another run is writing, and what it has finished in this very moment."""
+    lock_part(stream, Path(str(shown)))
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+            return
+    raise RefusedError(f"another run has just finished {printable(shown)}", "run this one again")
+
+
+def changed_while_sent(path: object) -> IntegrityError:
+    """The error for a file that somebody writes to."""
+    return IntegrityError(
+        f"{printable(path)} changed while it was sent", "wait until it is written, then run again"
+    )
+
+
+class _PartReader:
+    """Reads a file part by part for several threads, and notices when it is not what it was.
+
+    Where it was read before, each part must have the CRC-32 it had then; else all of it is hashed.
+    """
+
+    def __init__(self, file: _LocalFile, part_bytes: int) -> None:
+        self.file = file
+        self.part_bytes = part_bytes
+        self._numbers = iter(range(1, -(-file.size // part_bytes) + 1))
+        self._digest = hashlib.sha256()
+        self._lock = threading.Lock()
+        with local_errors(file.path):
+            self._stream = open(file.path, "rb", buffering=0)
+
+    def next_part(self, buffer: bytearray) -> tuple[int, memoryview] | None:
+        """The next part, in `buffer`; None: there is none."""
+        with self._lock:
+            part = self._read_on(buffer)
+        if part and self.file.crcs and zlib.crc32(part[1]) != self.file.crcs[part[0] - 1]:
+            raise changed_while_sent(self.file.path)
+        return part
+
+    def _read_on(self, buffer: bytearray) -> tuple[int, memoryview] | None:
+        number = next(self._numbers, 0)
+        if not number:
+            return None
+        start = (number - 1) * self.part_bytes
+        size = min(self.part_bytes, self.file.size - start)
+        with local_errors(self.file.path):
+            self._stream.seek(start)
+            part = memoryview(buffer)[: _fill(self._stream, memoryview(buffer))]
+        if len(part) < size:
+            raise changed_while_sent(self.file.path)
+        if not self.file.crcs:
+            self._digest.update(part)
+        return number, part[:size]
+
+    def stop(self) -> None:
+        """Nobody needs another part."""
+        with self._lock:
+            self._numbers = iter(())
+
+    def require(self, sha256: str) -> None:
+        """Raise IntegrityError unless all that was read has this SHA-256."""
+        self.file.require_unchanged(self._stream)
+        if not self.file.crcs and self._digest.hexdigest() != sha256:
+            raise changed_while_sent(self.file.path)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _fill(stream: IO[bytes], view: memoryview) -> int:
+    """Read until `view` is full or the file ends; an unbuffered file may give less at a time."""
+    count = 0
+    while got := stream.readinto(view[count:]):  # type: ignore[attr-defined]
+        count += got
+    return count
+
+
+def part_bytes_for(size: int) -> int:
+    """The size of the parts in which an object of `size` bytes is sent."""
+    return max(PART_BYTES, -(-size // MAX_PARTS // MIB) * MIB)
+
+
+# ── fetching an object in ranges ─────────────────────────────────────────────────────────────────
+
+
+def require_range(
+    head: ObjectHead, start: int, end: int, status: int, headers: Mapping[str, str]
+) -> None:
+    """Raise unless an answer holds exactly these bytes of exactly this object.
+
+    Some servers ignore If-Match; some answer a range with 200, and some of these with the whole.
+    """
+    etag = headers.get("etag", "").strip('"')
+    if not etag:
+        raise _BrokenAnswerError("the answer has no ETag")
+    if etag != head.etag:
+        raise IntegrityError(
+            f"{printable(head.key)} changed while it was fetched",
+            "run the same command again: it starts anew",
+        )
+    found = re.match(r"bytes (\d+)-(\d+)", headers.get("content-range", ""))
+    got = (int(found[1]), int(found[2]) + 1) if found else (0, head.size)
+    if got != (start, end) or (status == 206 and not found):
+        raise _BrokenAnswerError(f"bytes {start}-{end} were asked for, {got[0]}-{got[1]} came")
+
+
+class _Document:
+    """An answer that is a small document."""
+
+    def __init__(self) -> None:
+        self.content = bytearray()
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Start anew."""
+        self.content.clear()
+
+    def take(self, data: memoryview) -> None:
+        self.content += data
+
+    def require(self, name: str) -> bytes:
+        """All of it. Raises unless it ends in the element it must hold, and is no refusal."""
+        content = bytes(self.content)
+        if b"<Error>" in content:  # S3 may find the error after its 200
+            raise _refusal(200, content, {})
+        if name and f"</{name}>".encode() not in content:
+            raise _BrokenAnswerError(f"the answer holds no {name}")
+        return content
+
+
+class _Nothing:
+    """Wants no body: the connection ends where one begins."""
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Only refusals are of use."""
+        raise _BrokenAnswerError("nobody has asked for this")
+
+    def take(self, data: memoryview) -> None:
+        """Never called."""
+
+
+def _texts(document: bytes, name: str) -> list[str]:
+    """The texts of all elements of that name."""
+    found = re.findall(rb"<%s>([^<]*)</%s>" % (name.encode(), name.encode()), document)
+    return [html.unescape(text.decode("utf-8", "replace")) for text in found]
+
+
+def _text(document: bytes, name: str) -> str:
+    """The text of the first element of that name; empty: there is none."""
+    return next(iter(_texts(document, name)), "")
+
+
+def _seconds(document: bytes, name: str) -> float | None:
+    """The time in that element, in seconds since 1970; None: there is none."""
+    match = re.fullmatch(r"([\dT:-]{19})(\.\d+)?(Z|[+-]\d\d:?\d\d)?", _text(document, name))
+    if not match or match[3] not in (None, "Z", "+00:00", "+0000"):
+        return None
+    with contextlib.suppress(ValueError):
+        whole = dt.datetime.fromisoformat(match[1]).replace(tzinfo=dt.timezone.utc)
+        return whole.timestamp() + float(match[2] or 0)
+    return None
+
+
+class _Piece:
+    """A piece of an object that is held in memory."""
+
+    def __init__(self, head: ObjectHead, start: int, end: int) -> None:
+        self.start, self.end = start, end
+        self._head = head
+        self.content = bytearray()
+
+    @property
+    def header(self) -> str:
+        """What is asked for."""
+        return f"bytes={self.start}-{self.end - 1}"
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Compare the answer with the question; whatever an earlier one left is dropped."""
+        self.content.clear()
+        require_range(self._head, self.start, self.end, status, headers)
+
+    def take(self, data: memoryview) -> None:
+        self.content += data
+
+
+class _Whole:
+    """A small object on its way into a file; its own answer says what it must be."""
+
+    def __init__(self, key: str, part: Path, stream: IO[bytes], advance: Advance) -> None:
+        self._key, self._part, self._stream, self._advance = key, part, stream, advance
+        self._got = 0
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Start anew, whatever came before."""
+        if status != 200 or "content-range" in headers:
+            raise _BrokenAnswerError("a part of the object came instead of all of it")
+        self._head = head_of(self._key, headers)
+        self._verifier = _Verifier(self._head)
+        with local_errors(self._part):
+            self._stream.seek(0)
+            self._stream.truncate(0)
+
+    def take(self, data: memoryview) -> None:
+        """Write what came."""
+        self._verifier.update(data)
+        self._got += len(data)
+        self._advance(len(data))
+        with local_errors(self._part):
+            write_all(self._stream, data)
+
+    def finish(self) -> Stored:
+        """Compare what came with what its answer promised."""
+        digest, head = self._verifier.confirm(), self._head
+        return Stored(head.key, self._got, self._got, digest, head.etag, self._verifier.how)
+
+    def undo(self) -> None:
+        """What a failed try has brought does not count."""
+        self._advance(-self._got)
+
+
+class _Range:
+    """A piece of an object on its way into a file; another try continues where this one stopped."""
+
+    def __init__(self, target: _Arriving, start: int, end: int) -> None:
+        self.start, self.end = start, end
+        self._target = target
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Compare the answer with the question."""
+        require_range(self._target.head, self.start, self.end, status, headers)
+
+    @property
+    def header(self) -> str:
+        """What of it is still missing."""
+        return f"bytes={self.start}-{self.end - 1}"
+
+    def restart_segment(self) -> None:
+        """Go back to the last whole segment: what came after it may be damaged.
+
+        What is complete was noted and hashed, and is not written again.
+        """
+        if self.start == self.end:
+            return
+        self._target.advance(-(self.start % MIB))
+        self.start -= self.start % MIB
+
+    def take(self, data: memoryview) -> None:
+        """Write what came, and note each segment that is complete."""
+        if len(data) > self.end - self.start:
+            raise _BrokenAnswerError("more came than was asked for")
+        self._target.write(self.start, data)
+        self._target.advance(len(data))
+        first = self.start // MIB
+        self.start += len(data)
+        last = -(-self.start // MIB) if self.start == self._target.size else self.start // MIB
+        for index in range(first, last):
+            self._target.arrived(index)
+
+
+def _rename(stream: IO[bytes], part: Path, target: Path) -> None:
+    """Give a locked file its final name."""
+    if os.name == "nt":  # which renames no open file
+        stream.close()
+    os.replace(part, target)
+
+
+class _ResumedError(Exception):
+    """A resumed file is not the object: perhaps what an earlier run left was damaged."""
+
+
+class _Arriving:
+    """A file that arrives in segments of 1 MiB, and a journal of those that did.
+
+    The journal is void for any other ETag or size. What it notes is not hashed before it is
+    trusted: the digest of the whole decides in the end. Without one, nothing is trusted.
+    """
+
+    def __init__(self, part: Path, head: ObjectHead, verifier: _Verifier, advance: Advance) -> None:
+        self.part, self.head, self.size, self.advance = part, head, head.size, advance
+        self._verifier = verifier
+        self._journal_path = part.with_name(part.name + ".journal")
+        self._header = json.dumps([head.etag, head.size, MIB])
+        self._count = -(-head.size // MIB)
+        self._hashed = 0
+        self._lock = threading.Lock()
+        self._complete: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._watermark = _Watermark(self._complete.put)
+        with local_errors(part):
+            self._stream = open_for_update(part)
+            try:
+                _lock(self._stream, part, part)
+                self.held = self._noted()
+                self._stream.truncate(head.size)
+                mode = "a" if self.held else "w"
+                self._journal = open(self._journal_path, mode, encoding="ascii")
+                self._note("" if self.held else self._header)  # ends an unfinished line, too
+            except BaseException:
+                self._stream.close()
+                raise
+        self._hasher: Future[str] = in_background(self._hash_file)
+        for index in sorted(self.held):
+            self._watermark.done(index)
+
+    def _noted(self) -> set[int]:
+        """The segments that the file holds, if the journal is of this object."""
+        have = os.fstat(self._stream.fileno()).st_size if self._verifier.decides else -1
+        with contextlib.suppress(FileNotFoundError):
+            text = self._journal_path.read_text(encoding="ascii", errors="replace")
+            if text.startswith(self._header + "\n") and have == self.size:
+                indexes = map(int, re.findall(r"(?m)^(\d{1,9}) \.$", text))
+                return {index for index in indexes if index < self._count}
+        return set()
+
+    def _note(self, *lines: str) -> None:
+        self._journal.write("".join(f"{line}\n" for line in lines))
+        self._journal.flush()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that were there already."""
+        return sum(min(MIB, self.size - index * MIB) for index in self.held)
+
+    def missing(self) -> Iterator[_Range]:
+        """What has to be fetched, in ranges of at most RANGE_BYTES."""
+        wanted = (index for index in range(self._count) if index not in self.held)
+        for _, run in itertools.groupby(enumerate(wanted), lambda pair: pair[1] - pair[0]):
+            indexes = [index for _, index in run]
+            for at in range(0, len(indexes), RANGE_BYTES // MIB):
+                some = indexes[at : at + RANGE_BYTES // MIB]
+                yield _Range(self, some[0] * MIB, min(self.size, (some[-1] + 1) * MIB))
+
+    def write(self, offset: int, data: memoryview) -> None:
+        with local_errors(self.part):
+            if hasattr(os, "pwrite"):
+                while data:
+                    count = os.pwrite(self._stream.fileno(), data, offset)
+                    data, offset = data[count:], offset + count
+                return
+            with self._lock:
+                self._stream.seek(offset)
+                write_all(self._stream, data)
+
+    def arrived(self, index: int) -> None:
+        """A segment is complete."""
+        with local_errors(self.part), self._lock:
+            self._note(f"{index} .")
+        self._watermark.done(index)
+
+    def _hash_file(self) -> str:
+        """Hash the file as it is on the disk, as far as it is complete."""
+        buffer = bytearray(MIB)
+        with open(self.part, "rb", buffering=0) as stream:
+            while (count := self._complete.get()) is not None:
+                for number in range(self._hashed, count):
+                    self._verifier.update(memoryview(buffer)[: _fill(stream, memoryview(buffer))])
+                    if number % FLUSH_SEGMENTS == FLUSH_SEGMENTS - 1:
+                        self._start_writing_out(number + 1 - FLUSH_SEGMENTS)
+                self._hashed = max(self._hashed, count)
+        if not self.complete:
+            raise TransferError(f"a piece of {printable(self.part)} did not arrive", SAME_COMMAND)
+        return self._verifier.confirm()
+
+    def _start_writing_out(self, first: int) -> None:
+        """Send segments on their way to the disk, so that the last fsync has little left."""
+        if hasattr(os, "posix_fadvise"):
+            where = first * MIB, FLUSH_SEGMENTS * MIB
+            os.posix_fadvise(self._stream.fileno(), *where, os.POSIX_FADV_DONTNEED)
+
+    def sha256(self) -> str:
+        """The SHA-256 of the whole file, compared with what is known of the object."""
+        self._complete.put(None)
+        with local_errors(self.part):
+            return self._hasher.result()
+
+    def publish(self, target: Path) -> None:
+        """Give the verified file its name, while nobody else may write to it."""
+        with local_errors(target):
+            os.fsync(self._stream.fileno())
+            self.forget_journal()  # killed here, the file comes again; later, a journal would stay
+            _rename(self._stream, self.part, target)
+
+    def close(self) -> None:
+        """End the thread that hashes, and let others have the file."""
+        self.abandon()
+        self._stream.close()
+        self._journal.close()
+
+    def abandon(self) -> None:
+        """End the thread that hashes; lanes may still write, so the last of them closes the file.
+
+        A descriptor that is closed under a writer may be another file's the next moment.
+        """
+        self._complete.put(None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every segment has arrived."""
+        return self._hashed == self._count
+
+    def discard(self) -> None:
+        """What is there is worth nothing."""
+        with contextlib.suppress(OSError):
+            self.part.unlink()
+        self.forget_journal()
+
+    def forget_journal(self) -> None:
+        """The file is complete, or gone."""
+        with contextlib.suppress(OSError):
+            self._journal_path.unlink()
+
+
+# ── threads ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _in_lanes(lanes: int, jobs: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
+    """The results of `work` for all jobs, by several threads, as they come.
+
+    The first error ends it, after all threads have stopped; so does closing the iterator.
+    """
+    shared = _SharedJobs(jobs)
+    results: queue.SimpleQueue[tuple[R | None, BaseException | None, bool]] = queue.SimpleQueue()
+
+    def run() -> None:
+        error: BaseException | None = None
+        try:
+            for job in shared:
+                results.put((work(job), None, False))
+                del job  # it may be large, and the next one may take its time
+        except BaseException as caught:
+            shared.stopped = True
+            error = caught
+        results.put((None, error, True))
+
+    for _ in range(lanes):
+        threading.Thread(target=run, daemon=True).start()
+    failure: BaseException | None = None
+    try:
+        while lanes:
+            result, error, ended = results.get()
+            lanes -= ended
+            failure = failure or error
+            if not ended and failure is None:
+                yield result  # type: ignore[misc]  # R may well include None
+    finally:
+        shared.stopped = True
+    if failure:
+        raise failure
+
+
+class _Room:
+    """Memory that several threads share; who needs more than is free waits."""
+
+    def __init__(self, size: int) -> None:
+        self._free = size
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """Hold `count` bytes of it during the block."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
+
+
+# ── server: requests, tried again where that makes sense ─────────────────────────────────────────
+
+
+class _Server:
+    """Requests about one bucket, each tried as often as makes sense; failures are CloudErrors."""
+
+    def __init__(self, settings: S3Settings, limiter: RateLimiter) -> None:
+        self.settings = settings
+        self.access = _Access(settings)
+        self._wire = _Wire(self.access, limiter)
+        self._reached = False
+        self._calm_at = 0.0
+        self._redirected = False
+        self.etag_is_md5: bool | None = None
+        """Whether ETags tell damage; then the server need not compute a second MD5 to compare."""
+        self._lock = threading.Lock()
+
+    @property
+    def place(self) -> str:
+        """What tells this bucket from all others."""
+        return f"{self.access.endpoint}/{self.settings.bucket}"
+
+    def lanes(self, usual: int) -> int:
+        """How many requests for one object may be under way at once."""
+        return self.settings.max_concurrency or usual
+
+    def small_lanes(self, near: int) -> int:
+        """The same for many small objects: a far server needs more of them to be busy."""
+        far = (self._wire.round_trip or 0) > FAR_SECONDS
+        return self.settings.max_concurrency or (FAR_LANES if far else near)
+
+    def ask(self, request: _Request, holding: str) -> bytes:
+        """One request whose answer is a document with this element; the document."""
+        return self.patiently(
+            lambda: self.ask_once(request, holding), _operation(request), request.key
+        )
+
+    def ask_once(self, request: _Request, holding: str, body: bytes = b"") -> bytes:
+        """The same, without another try."""
+        document = _Document()
+        self._wire.exchange(request, body, receiver=document)
+        return document.require(holding)
+
+    def exchange(self, request: _Request, receiver: Receiver | None = None) -> Mapping[str, str]:
+        """One request without a body over a connection of our own; the answer's headers."""
+        return self.patiently(
+            lambda: self._wire.exchange(request, receiver=receiver),
+            _operation(request), request.key,
+        )  # fmt: skip
+
+    def receive_once(self, request: _Request, receiver: Receiver) -> None:
+        """The same, without another try; failures are botocore's and the system's."""
+        self._wire.exchange(request, receiver=receiver)
+
+    def send(
+        self, request: _Request, body: bytes | memoryview, md5: str, advance: Advance | None
+    ) -> str:
+        """One request with a body. The ETag, compared with the body's MD5.
+
+        An object that arrived damaged does not stay, however the other attempts end.
+        """
+        damaged: list[str] = []
+
+        def attempt() -> str:
+            answer = self._wire.exchange(request, body, advance)
+            etag = answer.get("etag", "").strip('"')
+            if not etag:
+                raise _BrokenAnswerError("the answer to a PUT has no ETag")
+            if etag == md5:
+                self.etag_is_md5 = True
+            elif _is_md5(etag) and not _is_opaque(answer) and self._tells_md5_once():
+                _Counted(advance).take_back(len(body))
+                damaged.append(etag)
+                raise _AlteredError("its MD5 there is another one")
+            else:
+                self.etag_is_md5 = False
+            return etag
+
+        try:
+            return self.patiently(attempt, _operation(request), request.key)
+        except BaseException:
+            if damaged and not request.query:
+                self._remove(request.key, damaged[-1])
+            raise
+
+    def _remove(self, key: str, etag: str) -> None:
+        """Delete an object if it is exactly this one."""
+        try:
+            found = self.find(key)
+            if found and found.etag == etag:
+                self.exchange(_Request("DELETE", key))
+        except CloudError as error:
+            log.warning("%s is damaged and could not be removed: %s", printable(key), error)
+
+    def tells_md5(self) -> bool:
+        """Whether ETags are MD5s at this server, as nearly everywhere; tried out when in doubt."""
+        return self.patiently(self._tells_md5_once, "PutObject", self.probe_key)
+
+    def _tells_md5_once(self) -> bool:
+        if self.etag_is_md5 is None:
+            content = b"cloud_services\n"
+            answer = self._wire.exchange(put_request(self.probe_key, content), content)
+            self.etag_is_md5 = answer.get("etag", "").strip('"') == _md5(content).hexdigest()
+        return self.etag_is_md5
+
+    def refuses(self, request: _Request, body: bytes) -> bool:
+        """Whether the server refuses this request as damaged."""
+        try:
+            self._wire.exchange(request, body)
+        except Exception as error:
+            if _response(error)[0] in ("BadDigest", "InvalidDigest"):
+                return True
+            raise self.access.translate(error, _operation(request), request.key) from error
+        return False
+
+    def date(self) -> Mapping[str, str]:
+        """The headers of some answer, welcome or not: that there is one shows the way is right."""
+        try:
+            return self.exchange(_Request("HEAD", self.probe_key))
+        except CloudError as error:
+            headers = _response(error.__cause__ or error)[3]
+            if not headers:
+                raise
+            return headers
+
+    @property
+    def probe_key(self) -> str:
+        """Where abilities are tried out: always the same key, so that at most one object stays."""
+        return self.settings.key(HIDDEN_FOLDER, "check")
+
+    def head(self, key: str) -> ObjectHead:
+        """All that is known of an object. Raises NotFoundError when there is none."""
+        found = self.find(key)
+        if found is None:
+            told = self._told(_RefusalError(404, {"Code": "NoSuchKey"}, {}), key)
+            raise self.access.translate(told, "HeadObject", key) from told
+        return found
+
+    def find(self, key: str) -> ObjectHead | None:
+        """All that is known of an object; None: there is none."""
+        request = _Request("HEAD", key, {"x-amz-checksum-mode": "ENABLED"})
+
+        def attempt() -> ObjectHead | None:
+            try:
+                return head_of(key, self._wire.exchange(request))
+            except _RefusalError as error:
+                refusal = error
+            if _response(refusal)[1] == 404:
+                return None
+            raise self._told(refusal, key)
+
+        return self.patiently(attempt, "HeadObject", key)
+
+    def _told(self, error: _RefusalError, key: str) -> _RefusalError:
+        """The refusal of a HEAD, with the reason that only answers to a GET have room for."""
+        if not _passes(error):
+            try:
+                self._wire.exchange(
+                    _Request("GET", key, {"range": "bytes=0-0"}), receiver=_Nothing()
+                )
+            except _RefusalError as told:
+                return told
+            except Exception as other:
+                log.info("no reason for the refusal of %s: %s", printable(key), printable(other))
+        return error
+
+    def patiently(self, attempt: Callable[[], T], operation: str, key: str) -> T:
+        """Call `attempt` until it works, it makes no sense any more, or it was tried enough."""
+        pauses = iter([FIRST_PAUSE * 2**n for n in range(self.settings.max_attempts - 1)])
+        moved = False
+        while True:
+            while (wait := self._calm_at - time.monotonic()) > 0:
+                time.sleep(wait)
+            try:
+                result = attempt()
+            except CloudError:  # of this machine's making: its disk is full, say
+                raise
+            except Exception as error:
+                if not moved and self._moved_to(_right_region(error)):
+                    moved = True
+                    continue
+                pause = next(pauses, None)
+                if pause is None or not self._worth_another_try(error):
+                    raise self.access.translate(error, operation, key, self._reached) from error
+                self._pause(error, min(pause, LONGEST_PAUSE), operation)
+            else:
+                self._reached = True
+                return result
+
+    def _worth_another_try(self, error: Exception) -> bool:
+        """A server that was never reached is most likely mistyped: it fails at once."""
+        return _passes(error) and (self._reached or not _is(error, CONNECT_ERRORS))
+
+    def _pause(self, error: Exception, longest: float, operation: str) -> None:
+        pause = random.uniform(longest / 2, longest)  # noqa: S311 - no secret depends on it
+        log.info("%s: %s; trying again in %.1f s", operation, printable(error), pause)
+        if _response(error)[1] in (429, 503):  # it asks everyone to slow down, not this thread only
+            self._calm_at = time.monotonic() + pause
+        else:
+            time.sleep(pause)
+
+    def _moved_to(self, region: str) -> bool:
+        """Follow the server's word about the bucket's region, once."""
+        with self._lock:
+            if not region or self._redirected:
+                return bool(region) and region == self.access.region != self.settings.region
+            self._redirected = True
+            log.warning("the bucket is in %s: --region %s saves a detour", region, region)
+            self.access = _Access(dataclasses.replace(self.settings, region=region))
+            self._wire.access = self.access
+            return True
+
+
+def put_request(
+    key: str, content: bytes, metadata: Mapping[str, str] | None = None, sha256: str = ""
+) -> _Request:
+    """A request that stores `content`, whose digests it carries."""
+    sha256 = sha256 or hashlib.sha256(content).hexdigest()
+    headers = _metadata_headers({**(metadata or {}), "sha256": sha256})
+    headers["content-md5"] = base64.b64encode(_md5(content).digest()).decode()
+    return _Request("PUT", key, headers, payload=sha256)
+
+
+def _metadata_headers(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The headers for what is noted with an object."""
+    for name, value in metadata.items():
+        plain = value.isascii() and value.isprintable() and value == " ".join(value.split())
+        if not plain or not re.fullmatch(r"[\w-]+", name, re.ASCII):
+            raise UsageError(f"{printable(name)}={printable(value)} cannot be noted with an object")
+    return {f"x-amz-meta-{name.lower()}": value for name, value in metadata.items()}
+
+
+def _copy_source(server: _Server, head: ObjectHead) -> dict[str, str]:
+    """The headers that name an object, in exactly this version, as the source of a copy."""
+    path = quote(f"{server.settings.bucket}/{head.key}", safe="/-_.~")
+    return {"x-amz-copy-source": path, "x-amz-copy-source-if-match": f'"{head.etag}"'}
+
+
+# ── multipart uploads ────────────────────────────────────────────────────────────────────────────
+
+
+class _UploadLostError(LinkLostError):
+    """The server does not know the upload or one of its parts any more."""
+
+
+UPLOADS = "ListMultipartUploadsResult"
+LOST_CODES = ("NoSuchUpload", "InvalidPart", "InvalidPartOrder")
+
+
+class _Upload:
+    """One multipart upload: begun, sent part by part, completed or given up."""
+
+    def __init__(
+        self, server: _Server, key: str, metadata: Mapping[str, str],
+        notes: _UploadNotes | None = None,
+    ) -> None:  # fmt: skip
+        self._server, self._key, self._notes = server, key, notes
+        self._metadata = dict(metadata)
+        self._sha256 = self._metadata.get("sha256", "")
+        self._id = ""
+        self._parts: dict[int, _SentPart] = {}
+        self.moved = 0
+        self._began = time.time()
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """Continue the upload of the notes when it is of the same content, else begin a new one."""
+        notes = self._notes
+        if notes and notes.started:
+            self._id, self._parts = notes.upload_id, notes.parts
+            if notes.same_content and notes.upload_id:
+                return
+            self._began = notes.changed
+            self.abort()
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Begin a new upload."""
+        notes, self._began = self._notes, time.time()
+        if notes:
+            notes.start()
+        self._id, self._parts = "", {}
+        self._id = self._server.patiently(self._begin_once, "CreateMultipartUpload", self._key)
+        if notes:
+            notes.name(self._id)
+
+    def _begin_once(self) -> str:
+        """The id of a new upload; one whose answer was lost is given up before another is begun."""
+        headers = _metadata_headers(self._metadata)
+        try:
+            request = _Request("POST", self._key, headers, (("uploads", ""),))
+            answer = self._server.ask_once(request, "UploadId")
+        except Exception as error:
+            if _passes(error) and not _response(error)[1]:
+                self._id = ""
+                self.abort()
+            raise
+        return _text(answer, "UploadId")
+
+    def abort(self) -> None:
+        """Give the upload up, where that is allowed; one without an id is looked for."""
+        try:
+            for upload_id in [self._id] if self._id else self._nameless():
+                query = (("uploadId", upload_id),)
+                self._server.exchange(_Request("DELETE", self._key, query=query))
+        except CloudError as error:
+            if not _lost(error):
+                log.warning("an unfinished upload of %s stays: %s", printable(self._key), error)
+
+    def give_up(self) -> None:
+        """Abort the upload of the notes, and forget it."""
+        if self._notes:
+            self._id, self._began = self._notes.upload_id, self._notes.changed
+        self.abort()
+        self._forget_notes()
+
+    def _nameless(self) -> list[str]:
+        """The uploads of this very key: one of them began in the moment our process died.
+
+        Somebody else may be at work on one that is a little older; after a week nobody is.
+        """
+        query = (("uploads", ""), ("prefix", self._key))
+        answer = self._server.ask(_Request("GET", "", query=query), UPLOADS)
+        found = re.findall(rb"<Upload>.*?</Upload>", answer, re.DOTALL)
+        since = self._began - MAX_SKEW_SECONDS
+        return [
+            _text(one, "UploadId") for one in found
+            if _text(one, "Key") == self._key
+            and not since - WEEK_SECONDS < (_seconds(one, "Initiated") or since) < since
+        ]  # fmt: skip
+
+    def send(self, file: _LocalFile, part_bytes: int, advance: Advance) -> Stored:
+        """Send the parts that the server lacks, and complete the upload.
+
+        When the file is not what it was, the upload is given up. When anything else fails it
+        stays, for another run to continue.
+        """
+        reader = _PartReader(file, part_bytes)
+        self.moved = 0
+        with contextlib.closing(reader):
+            lanes = min(self._server.lanes(SEND_LANES), -(-file.size // part_bytes))
+            try:
+                for _ in _in_lanes(lanes, range(lanes), lambda _: self._lane(reader, advance)):
+                    pass
+                reader.require(self._sha256)
+                etag = self._complete(file.size)
+            except IntegrityError:
+                self.abort()
+                self._forget_notes()
+                raise
+        self._forget_notes()
+        return Stored(self._key, file.size, self.moved, self._sha256, etag, SENT_CHECK)
+
+    def _forget_notes(self) -> None:
+        if self._notes:
+            self._notes.forget()
+
+    def _lane(self, reader: _PartReader, advance: Advance) -> None:
+        """Send parts until there are none, or one cannot be sent."""
+        buffer = bytearray(reader.part_bytes)
+        try:
+            while part := reader.next_part(buffer):
+                self._send_part(*part, advance)
+        except BaseException:
+            reader.stop()
+            raise
+
+    def _send_part(self, number: int, content: bytes | memoryview, advance: Advance) -> None:
+        """Send a part, unless the server has confirmed this very content."""
+        md5 = _md5(content)
+        held = self._parts.get(number)
+        if held and held.md5 == md5.hexdigest():
+            advance(len(content))
+            return
+        compared = {"content-md5": base64.b64encode(md5.digest()).decode()}
+        headers = {} if self._server.etag_is_md5 else compared
+        query = (("partNumber", str(number)), ("uploadId", self._id))
+        request = _Request("PUT", self._key, headers, query, UNSIGNED)
+        with _noticing_loss():
+            etag = self._server.send(request, content, md5.hexdigest(), advance)
+        sent = _SentPart(etag, md5.hexdigest())
+        with self._lock:
+            self._parts[number] = sent
+            self.moved += len(content)
+        if self._notes:
+            self._notes.note(number, sent)
+
+    def send_stream(
+        self, contents: Iterable[bytes], parts: _StreamParts, advance: Advance
+    ) -> Stored:
+        """Send parts as they come, several at a time, and complete the upload."""
+        sent = set()
+
+        def send(part: tuple[int, bytes]) -> None:
+            sent.add(part[0])
+            if part[0] > MAX_PARTS:
+                most = human_bytes(MAX_PARTS * STREAM_PART_BYTES)
+                raise RefusedError(f"{printable(self._key)}: more than {most} in one stream")
+            self._send_part(*part, advance)
+
+        for _ in _in_lanes(self._server.lanes(STREAM_LANES), enumerate(contents, 1), send):
+            pass
+        self._parts = {number: part for number, part in self._parts.items() if number in sent}
+        etag = self._complete(parts.size)
+        digest = parts.digest.hexdigest()
+        return Stored(self._key, parts.size, self.moved, digest, etag, SENT_CHECK)
+
+    def finish_with(self, content: bytes) -> None:
+        """Send `content` as the only part, and complete the upload."""
+        try:
+            self._send_part(1, content, _ignore)
+            self._complete(len(content))
+        except BaseException:
+            self.abort()
+            raise
+
+    def copy_from(self, head: ObjectHead) -> None:
+        """Let the server put the object together from pieces of another one."""
+
+        def copy(piece: tuple[int, int]) -> None:
+            number, start = piece
+            end = min(head.size, start + COPY_PART_BYTES)
+            headers = _copy_source(self._server, head)
+            headers["x-amz-copy-source-range"] = f"bytes={start}-{end - 1}"
+            query = (("partNumber", str(number)), ("uploadId", self._id))
+            answer = self._server.ask(_Request("PUT", self._key, headers, query), "ETag")
+            self._parts[number] = _SentPart(_text(answer, "ETag").strip('"'), "")
+
+        self.begin()
+        try:
+            pieces = enumerate(range(0, head.size, COPY_PART_BYTES), 1)
+            for _ in _in_lanes(self._server.lanes(SEND_LANES), pieces, copy):
+                pass
+            self._complete(head.size)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _complete(self, size: int) -> str:
+        """Complete the upload; the object's ETag.
+
+        Unless the server names the ETag that our parts' MD5s make, the object itself is asked.
+        """
+        body = _part_list({number: part.etag for number, part in self._parts.items()})
+        before = self._server.find(self._key)
+        digest = hashlib.sha256(body).hexdigest()
+        request = _Request("POST", self._key, {}, (("uploadId", self._id),), digest)
+
+        def attempt() -> ObjectHead | str:
+            try:
+                return _text(self._server.ask_once(request, "ETag", body), "ETag").strip('"')
+            except Exception as error:
+                lost = _response(error)[0] in LOST_CODES
+                there = self._there(size, before) if lost or _passes(error) else None
+                if there is None:
+                    raise
+                return there
+
+        with _noticing_loss():
+            found = self._server.patiently(attempt, "CompleteMultipartUpload", self._key)
+        if found == self._joint_etag():
+            return str(found)
+        head = found if isinstance(found, ObjectHead) else self._server.head(self._key)
+        if not isinstance(found, ObjectHead) and not self._is_ours(head, size, before, found):
+            raise IntegrityError(
+                f"{printable(self._key)} there is not what was sent",
+                "somebody else may have written it; run the same command again",
+            )
+        return head.etag
+
+    def _joint_etag(self) -> str:
+        etags = [part.etag for _, part in sorted(self._parts.items())]
+        return _joint_etag([bytes.fromhex(etag) for etag in etags if _is_md5(etag)])
+
+    def _there(self, size: int, before: ObjectHead | None) -> ObjectHead | None:
+        """The object, if the completion whose answer was lost did take place."""
+        head = self._server.find(self._key)
+        return head if head and self._is_ours(head, size, before) else None
+
+    def _is_ours(
+        self, head: ObjectHead, size: int, before: ObjectHead | None, said: str = ""
+    ) -> bool:
+        """Whether an object is what our parts make; `said` is the ETag it got, if we were told.
+
+        Where its SHA-256 does not tell, it must have that ETag, or be another one than before.
+        """
+        if head.size != size:
+            return False
+        if self._sha256 and head.sha256:
+            return head.sha256 == self._sha256
+        changed = before is None or before.etag != head.etag
+        told = bool(said) or not self._sha256
+        return (changed and told) or head.etag in (said, self._joint_etag())
+
+
+def _part_list(etags: Mapping[int, str]) -> bytes:
+    """The document that completes an upload."""
+    parts = "".join(
+        f"<Part><PartNumber>{number}</PartNumber><ETag>&quot;{html.escape(etag)}&quot;</ETag></Part>"
+        for number, etag in sorted(etags.items())
+    )
+    space = "http://s3.amazonaws.com/doc/2006-03-01/"
+    return f'<CompleteMultipartUpload xmlns="{space}">{parts}</CompleteMultipartUpload>'.encode()
+
+
+def _lost(error: CloudError) -> bool:
+    return _response(error.__cause__ or error)[0] in LOST_CODES
+
+
+@contextlib.contextmanager
+def _noticing_loss() -> Iterator[None]:
+    """Turn the server's word that it knows no such upload into _UploadLostError."""
+    try:
+        yield
+    except CloudError as error:
+        if _lost(error):
+            raise _UploadLostError(
+                f"the server has forgotten an upload: {error}", SAME_COMMAND
+            ) from error
+        raise
+
+
+class _StreamParts:
+    """Cuts blocks of any size into parts, and hashes all of them."""
+
+    def __init__(self, blocks: Iterable[bytes]) -> None:
+        self._blocks = iter(blocks)
+        self._rest = bytearray()
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def take(self) -> bytes:
+        """The next part; shorter than its fellows only at the end, empty after it."""
+        while len(self._rest) < STREAM_PART_BYTES:
+            block = next(self._blocks, None)
+            if block is None:
+                break
+            self._rest += block
+        part = bytes(memoryview(self._rest)[:STREAM_PART_BYTES])
+        del self._rest[:STREAM_PART_BYTES]
+        self.digest.update(part)
+        self.size += len(part)
+        return part
+
+
+# ── the bucket ───────────────────────────────────────────────────────────────────────────────────
+
+
+class Bucket:
+    """A bucket of an S3-compatible server. All keys are full keys; `key()` makes them.
+
+    Every method may be called from any thread. Failures are CloudErrors: LinkLostError when
+    retries did not help, AccessError, NotFoundError, IntegrityError. What was interrupted
+    continues when it is called again, in this process or in another one.
+    """
+
+    def __init__(
+        self, settings: S3Settings, progress: Progress | None = None,
+        limiter: RateLimiter | None = None,
+    ) -> None:  # fmt: skip
+        """Find the credentials; nothing is asked of the server yet."""
+        self.settings = settings
+        self.progress = progress or Progress()
+        self._server = _Server(settings, limiter or RateLimiter(settings.limit_rate))
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return f"s3://{self.settings.bucket}"
+
+    def key(self, *names: str) -> str:
+        """The full key of a name below the prefix of the settings."""
+        return self.settings.key(*names)
+
+    # ── looking
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """The objects whose keys start with `prefix`, page by page; our own notes are left out."""
+        token = ""
+        while True:
+            page = self._server.ask(list_request(prefix, token), "ListBucketResult")
+            encoded = _text(page, "EncodingType") == "url"
+            for entry in re.findall(rb"<Contents>.*?</Contents>", page, re.DOTALL):
+                info = _listed(entry, encoded)
+                if f"/{HIDDEN_FOLDER}/" not in f"/{info.key}":
+                    yield info
+            before, token = token, _text(page, "NextContinuationToken")
+            if _text(page, "IsTruncated") == "true" and token in ("", before):
+                raise TransferError(
+                    f"{self._server.access.endpoint} lists only a part of {self.name}"
+                )
+            if not token:
+                return
+
+    def head(self, key: str) -> ObjectHead:
+        """All that is known of an object. Raises NotFoundError when there is none."""
+        return self._server.head(key)
+
+    def find(self, key: str) -> ObjectHead | None:
+        """All that is known of an object; None: there is none."""
+        return self._server.find(key)
+
+    # ── small content
+
+    def put_bytes(
+        self, content: bytes, key: str, metadata: Mapping[str, str] | None = None
+    ) -> Stored:
+        """Store `content`, in one request."""
+        return self._put(content, key, metadata or {}, None)
+
+    def get_bytes(self, key: str) -> bytes:
+        """The content of an object that fits into memory, verified."""
+        return b"".join(self.get_stream(key))
+
+    def _put(
+        self, content: bytes, key: str, metadata: Mapping[str, str], advance: Advance | None
+    ) -> Stored:
+        sha256 = hashlib.sha256(content).hexdigest()
+        request = put_request(key, content, metadata, sha256)
+        md5 = base64.b64decode(request.headers["content-md5"]).hex()
+        etag = self._server.send(request, content, md5, advance)
+        return Stored(key, len(content), len(content), sha256, etag, SENT_CHECK)
+
+    # ── sending files
+
+    def put_file(
+        self, path: str | Path, key: str, *, sha256: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> Stored:  # fmt: skip
+        """Make the object `key` hold exactly the file's bytes; what it holds already is not sent.
+
+        `sha256` is the file's, where it is known; else the file is read twice. A large file goes
+        in parts, and continues where an earlier run stopped. Raises IntegrityError when the file
+        changes meanwhile; the key then keeps what it had.
+        """
+        file = _LocalFile(Path(path))
+        self.progress.begin("sending", file.size)
+        try:
+            return self._put_file(file, key, sha256, metadata or {}, self.progress.advance)
+        finally:
+            self.progress.end()
+
+    def _put_file(
+        self, file: _LocalFile, key: str, sha256: str, metadata: Mapping[str, str],
+        advance: Advance,
+    ) -> Stored:  # fmt: skip
+        metadata = file.metadata | dict(metadata)
+        known = self.find(key)
+        if known and known.size == file.size and known.sha256:
+            sha256 = sha256 or file.sha256()
+            if known.sha256 == sha256 and self._is_sound(known, file):
+                self._forget_parts(key)
+                advance(file.size)
+                return Stored(key, file.size, 0, sha256, known.etag, SHA256_CHECK)
+        if file.size <= PART_BYTES:
+            stored = self._put(file.read(), key, metadata, advance)
+            self._forget_parts(key)
+            return stored
+        sha256 = sha256 or file.sha256()
+        return self._send_parts(file, key, {**metadata, "sha256": sha256}, advance)
+
+    def _is_sound(self, known: ObjectHead, file: _LocalFile) -> bool:
+        """Whether an object holds what its own note says, as far as its ETag tells.
+
+        What was sent in one request and damaged on its way may have stayed, with the right note.
+        """
+        if file.size > PART_BYTES or known.opaque or not _is_md5(known.etag):
+            return True
+        return known.etag == _md5(file.read()).hexdigest() or not self._server.tells_md5()
+
+    def _send_parts(
+        self, file: _LocalFile, key: str, metadata: Mapping[str, str], advance: Advance
+    ) -> Stored:
+        sha256, part_bytes = metadata["sha256"], part_bytes_for(file.size)
+        notes = _UploadNotes(f"{self._server.place}/{key}", file.size, sha256, part_bytes)
+        upload, counted = _Upload(self._server, key, metadata, notes), _Counted(advance)
+        with contextlib.closing(notes):
+            try:
+                upload.begin()
+                return upload.send(file, part_bytes, counted.add)
+            except _UploadLostError:
+                log.warning("the server has forgotten the upload of %s: anew", printable(key))
+            counted.undo()
+            upload.begin_anew()
+            return upload.send(file, part_bytes, counted.add)
+
+    def _forget_parts(self, key: str) -> None:
+        """Give up what an earlier run began for an object that is complete by now."""
+        place = f"{self._server.place}/{key}"
+        if _UploadNotes.path_for(place).exists():
+            with (
+                contextlib.suppress(RefusedError),
+                contextlib.closing(_UploadNotes(place)) as notes,
+            ):
+                _Upload(self._server, key, {}, notes).give_up()
+
+    def put_many(
+        self, items: Iterable[tuple[str | Path, str]], metadata: Mapping[str, str] | None = None
+    ) -> Iterator[Outcome]:
+        """Send files, thousands of small ones at a time; yields how each ended, as it ends.
+
+        What is there is not asked for: who mirrors knows from a listing. Only failures that would
+        meet all others too are raised.
+        """
+        large: list[tuple[Path, str]] = []
+        room = _Room(IN_MEMORY_BYTES)
+        advance = self.progress.advance
+
+        def send(item: tuple[str | Path, str]) -> Outcome | None:
+            path, key = Path(item[0]), item[1]
+
+            def work() -> Stored | None:
+                file = _LocalFile(path)
+                if file.size > PART_BYTES:
+                    large.append((path, key))
+                    return None
+                with room.taken(file.size):
+                    words = file.metadata | dict(metadata or {})
+                    return self._put(file.read(), key, words, advance)
+
+            return self._outcome(key, path, work)
+
+        yield from filter(None, _in_lanes(self._server.small_lanes(SMALL_SEND_LANES), items, send))
+        for path, key in large:
+            outcome = self._outcome(
+                key, path,
+                lambda path=path, key=key: self._put_file(  # type: ignore[misc]
+                    _LocalFile(path), key, "", metadata or {}, advance
+                ),
+            )  # fmt: skip
+            if outcome:
+                yield outcome
+
+    @staticmethod
+    def _outcome(key: str, path: Path, work: Callable[[], Stored | None]) -> Outcome | None:
+        """How one of many ended; what would meet all the others too is raised."""
+        try:
+            stored = work()
+        except (UsageError, NotFoundError, IntegrityError, RefusedError) as error:
+            return Outcome(key, path, None, error)
+        except AccessError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            return Outcome(key, path, None, error)
+        return Outcome(key, path, stored, None) if stored else None
+
+    # ── fetching files
+
+    def get_file(
+        self, key: str, path: str | Path, *, sha256: str = "", head: ObjectHead | None = None
+    ) -> Stored:
+        """Make the file hold exactly the object's bytes: ranges into a .part, digest, rename.
+
+        A file that holds them already stays; `sha256` is its own, where it is known. `head` spares
+        the question for it. Continues what an earlier run began.
+        """
+        head = head or self.head(key)
+        target = Path(path)
+        self.progress.begin("fetching", head.size)
+        try:
+            return self._already_here(head, target, sha256) or self._get_file(
+                head, target, self.progress.advance
+            )
+        finally:
+            self.progress.end()
+
+    def _already_here(self, head: ObjectHead, target: Path, sha256: str) -> Stored | None:
+        with local_errors(target):
+            if target.is_dir():
+                raise UsageError(f"{printable(target)} is a folder")
+            if not head.sha256 or not target.is_file() or target.stat().st_size != head.size:
+                return None
+        if (sha256 or _LocalFile(target).sha256()) != head.sha256:
+            return None
+        self.progress.advance(head.size)
+        return Stored(head.key, head.size, 0, head.sha256, head.etag, SHA256_CHECK)
+
+    def _get_file(self, head: ObjectHead, target: Path, advance: Advance) -> Stored:
+        part = target.with_name(part_name(target.name, f"{self._server.place}/{head.key}"))
+        with local_errors(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            have = part.stat().st_blocks * 512 if part.exists() and hasattr(os, "statvfs") else 0
+        require_space(free_space(target.parent), head.size - have, target.parent)
+        counted = _Counted(advance)
+        try:
+            return self._fetch_all(head, part, target, counted)
+        except _ResumedError:
+            log.warning("what an earlier run left of %s is damaged: anew", printable(target))
+        counted.undo()
+        return self._fetch_all(head, part, target, counted)
+
+    def _fetch_all(self, head: ObjectHead, part: Path, target: Path, counted: _Counted) -> Stored:
+        """Make the .part hold the object, and the target be it."""
+        verifier = _Verifier(head, self._part_bytes(head))
+        arriving = _Arriving(part, head, verifier, counted.add)
+        held = arriving.held_bytes
+        counted.add(held)
+        try:
+            for _ in _in_lanes(
+                self._server.lanes(FETCH_LANES), arriving.missing(),
+                lambda piece: self._fetch(head, piece),
+            ):  # fmt: skip
+                pass
+            digest = arriving.sha256()
+            arriving.publish(target)
+        except IntegrityError as error:
+            arriving.discard()
+            arriving.close()
+            if held and arriving.complete:
+                raise _ResumedError from error
+            raise
+        except Exception:
+            arriving.close()
+            raise
+        except BaseException:  # lanes may still be at work
+            arriving.abandon()
+            raise
+        arriving.close()
+        return Stored(head.key, head.size, head.size - held, digest, head.etag, verifier.how)
+
+    def _fetch(self, head: ObjectHead, piece: _Range) -> None:
+        """One range; another try asks for what is missing of it."""
+
+        def attempt() -> None:
+            if piece.start == piece.end:
+                return
+            headers = {"range": piece.header, "if-match": f'"{head.etag}"'}
+            try:
+                self._server.receive_once(_Request("GET", head.key, headers), piece)
+                if piece.start < piece.end:
+                    raise _BrokenAnswerError(f"{piece.header} did not come")
+            except BaseException:
+                piece.restart_segment()
+                raise
+
+        self._server.patiently(attempt, "GetObject", head.key)
+
+    def _part_bytes(self, head: ObjectHead) -> int:
+        """The size of the parts that an ETag of the kind MD5-N was made of; 0: unknown."""
+        match = re.fullmatch(r"[0-9a-f]{32}-(\d{1,5})", head.etag)
+        if head.sha256 or head.opaque or not match:
+            return 0
+        with contextlib.suppress(CloudError):
+            query = (("partNumber", "1"),)
+            first = self._server.exchange(_Request("HEAD", head.key, query=query))
+            size = int(first.get("content-length", 0))
+            if first.get("x-amz-mp-parts-count") == match[1] and -(-head.size // (size or 1)) == (
+                int(match[1])
+            ):
+                return size
+        return 0
+
+    def get_many(self, items: Iterable[tuple[ObjectInfo, str | Path]]) -> Iterator[Outcome]:
+        """Fetch listed objects, thousands of small ones at a time; yields how each ended.
+
+        Paths are the caller's choice: `local_name()` keeps hostile keys inside a folder.
+        """
+        large: list[tuple[ObjectInfo, Path]] = []
+
+        def fetch(item: tuple[ObjectInfo, str | Path]) -> Outcome | None:
+            info, path = item[0], Path(item[1])
+
+            def work() -> Stored | None:
+                if info.size > PART_BYTES:
+                    large.append((info, path))
+                    return None
+                return self._get_small(info, path)
+
+            return self._outcome(info.key, path, work)
+
+        yield from filter(
+            None, _in_lanes(self._server.small_lanes(SMALL_FETCH_LANES), items, fetch)
+        )
+        for info, path in large:
+            outcome = self._outcome(
+                info.key, path,
+                lambda info=info, path=path: self._get_file(  # type: ignore[misc]
+                    self.head(info.key), path, self.progress.advance
+                ),
+            )  # fmt: skip
+            if outcome:
+                yield outcome
+
+    def _get_small(self, info: ObjectInfo, target: Path) -> Stored:
+        """One small object in one request: what its answer says of it is what it is checked by."""
+        part = target.with_name(part_name(target.name, f"{self._server.place}/{info.key}"))
+        with local_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open_for_update(part) as stream:
+                _lock(stream, part, target)
+                try:
+                    stored = self._receive_whole(info.key, part, stream)
+                    _rename(stream, part, target)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        part.unlink()
+                    raise
+        return stored
+
+    def _receive_whole(self, key: str, part: Path, stream: IO[bytes]) -> Stored:
+        def attempt() -> Stored:
+            whole = _Whole(key, part, stream, self.progress.advance)
+            try:
+                self._server.receive_once(_Request("GET", key), whole)
+                return whole.finish()
+            except BaseException:
+                whole.undo()
+                raise
+
+        return self._server.patiently(attempt, "GetObject", key)
+
+    # ── streams of unknown size
+
+    def put_stream(
+        self, blocks: Iterable[bytes], key: str, metadata: Mapping[str, str] | None = None,
+        *, resumable: bool = False,
+    ) -> Stored:  # fmt: skip
+        """Store what `blocks` yields, however much, without a copy of it on disk.
+
+        Its SHA-256 is known only at the end: a server-side copy of the object onto itself notes it
+        there. When `blocks` or the link fails, the key keeps what it had. `resumable`: what has
+        arrived by then stays for another run, which sends only the parts that are not the same.
+        """
+        metadata, parts = dict(metadata or {}), _StreamParts(blocks)
+        first = parts.take()
+        if len(first) < STREAM_PART_BYTES:
+            self.progress.advance(len(first))
+            self._forget_parts(key)
+            return self._put(first, key, metadata, None)
+        place, kind = f"{self._server.place}/{key}", "a stream" if resumable else ""
+        with contextlib.closing(_UploadNotes(place, 0, kind, STREAM_PART_BYTES)) as notes:
+            upload = _Upload(self._server, key, metadata, notes)
+            upload.begin()
+            try:
+                contents = itertools.chain([first], iter(parts.take, b""))
+                del first  # or it would stay in memory to the end
+                stored = upload.send_stream(contents, parts, self.progress.advance)
+            except BaseException as error:
+                refused = isinstance(error, CloudError) and not isinstance(error, TransferError)
+                if not resumable or refused or isinstance(error, _UploadLostError):
+                    upload.give_up()
+                raise
+            notes.forget()
+        return self._note_sha256(stored, metadata)
+
+    def _note_sha256(self, stored: Stored, metadata: Mapping[str, str]) -> Stored:
+        """Note the SHA-256 with an object that was sent before it was known."""
+        try:
+            self.copy(stored.key, stored.key, {**metadata, "sha256": stored.sha256})
+        except (AccessError, UsageError, TransferError) as error:
+            log.warning("the SHA-256 of %s could not be noted: %s", printable(stored.key), error)
+            return stored._replace(check=PARTS_CHECK)
+        return stored._replace(etag=self.head(stored.key).etag)
+
+    def get_stream(self, key: str) -> Iterator[bytes]:
+        """The content of an object, in order. Raises IntegrityError at its end if it is wrong."""
+        head = self.head(key)
+        verifier = _Verifier(head, self._part_bytes(head))
+        ahead: collections.deque[Future[bytearray]] = collections.deque()
+        starts = iter(range(0, head.size, PART_BYTES))
+        while True:
+            for start in itertools.islice(starts, STREAM_LANES - len(ahead)):
+                piece = _Piece(head, start, min(head.size, start + PART_BYTES))
+                ahead.append(in_background(functools.partial(self._get_piece, head, piece)))
+            if not ahead:
+                break
+            content = ahead.popleft().result()
+            verifier.update(content)
+            self.progress.advance(len(content))
+            yield bytes(content)
+        verifier.confirm()
+
+    def _get_piece(self, head: ObjectHead, piece: _Piece) -> bytearray:
+        headers = {"range": piece.header, "if-match": f'"{head.etag}"'}
+        self._server.exchange(_Request("GET", head.key, headers), piece)
+        if len(piece.content) != piece.end - piece.start:
+            raise IntegrityError(f"{printable(head.key)}: {piece.header} came with another length")
+        return piece.content
+
+    # ── copying and deleting
+
+    def copy(
+        self, source: str, target: str, metadata: Mapping[str, str] | None = None
+    ) -> ObjectHead:
+        """Copy an object within the bucket; nothing is moved here. `metadata` replaces its own."""
+        head = self.head(source)
+        noted = {**head.metadata, **({"sha256": head.sha256} if head.sha256 else {})}
+        noted = noted if metadata is None else dict(metadata)
+        if head.size > MAX_COPY_BYTES:
+            _Upload(self._server, target, noted).copy_from(head)
+        else:
+            headers = _copy_source(self._server, head)
+            if metadata is not None:
+                headers["x-amz-metadata-directive"] = "REPLACE"
+                headers |= _metadata_headers(noted)
+            self._server.ask(_Request("PUT", target, headers), "CopyObjectResult")
+        copied = self.head(target)
+        if (copied.size, copied.sha256) != (head.size, noted.get("sha256", "")):
+            raise IntegrityError(f"the copy {printable(target)} is not what {source} is")
+        return copied
+
+    def delete(self, keys: Iterable[str]) -> Iterator[Outcome]:
+        """Delete objects, each by a request of its own: bulk deletes need headers many refuse."""
+
+        def remove(key: str) -> Outcome:
+            self._server.exchange(_Request("DELETE", key))
+            return Outcome(key, Path(), Stored(key, 0, 0, "", "", ""), None)
+
+        return _in_lanes(self._server.small_lanes(SMALL_SEND_LANES), keys, remove)
+
+    # ── what servers can do
+
+    def check(self) -> Iterator[Check]:
+        """Look at credentials, endpoint, rights and abilities, one line after the other.
+
+        Leaves one small object behind where deleting is not allowed.
+        """
+        yield from _CheckUp(self, self._server).lines()
+
+
+def list_request(prefix: str, token: str = "", most: int = 0) -> _Request:
+    """A request for a page of a listing; keys come encoded, as XML cannot hold all of them."""
+    query = [("list-type", "2"), ("encoding-type", "url"), ("prefix", prefix)]
+    query += [("continuation-token", token)] if token else []
+    query += [("max-keys", str(most))] if most else []
+    return _Request("GET", "", query=query)
+
+
+def _listed(entry: bytes, encoded: bool) -> ObjectInfo:
+    """One object of a listing."""
+    key, changed = _text(entry, "Key"), _seconds(entry, "LastModified")
+    size, etag = _text(entry, "Size"), _text(entry, "ETag").strip('"')
+    if key and changed is not None and size.isdecimal():
+        return ObjectInfo(unquote_plus(key) if encoded else key, int(size), etag, changed)
+    raise TransferError(f"the listing makes no sense: {printable(entry[:200])}", SAME_COMMAND)
+
+
+def _ignore(count: int) -> None:
+    """An Advance for work that counts for nothing."""
+
+
+# ── an index of digests in the bucket ────────────────────────────────────────────────────────────
+
+
+class Known(NamedTuple):
+    """What the index says of an object: true only as long as its ETag and size are these."""
+
+    etag: str
+    size: int
+    sha256: str
+
+
+class Index:
+    """SHA-256 digests of the objects below a prefix, kept in the bucket in one object.
+
+    A listing tells ETags and sizes; with the index it tells contents, too, without a request per
+    object. An entry counts only while the object's ETag and size are the ones noted, so an index
+    that is old, lost or written by two at once costs requests, never correctness.
+    """
+
+    def __init__(self, entries: Mapping[str, Known] | None = None) -> None:
+        self._entries = dict(entries or {})
+        self.changed = False
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def sha256(self, info: ObjectInfo) -> str:
+        """The digest of a listed object; empty: not known of this version of it."""
+        known = self._entries.get(info.key)
+        return known.sha256 if known and known[:2] == (info.etag, info.size) else ""
+
+    def note(self, key: str, etag: str, size: int, sha256: str) -> None:
+        """Note what an object holds."""
+        known = Known(etag, size, sha256)
+        if self._entries.get(key) != known:
+            self._entries[key] = known
+            self.changed = True
+
+    def forget(self, key: str) -> None:
+        """The object is gone."""
+        self.changed = self._entries.pop(key, None) is not None or self.changed
+
+    def dump(self) -> bytes:
+        """All entries, sorted and compressed; the same entries give the same bytes."""
+        buffer = io.BytesIO()
+        with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1, mtime=0) as stream:
+            stream.write(INDEX_HEADER)
+            for key, known in sorted(self._entries.items()):
+                words = (known.sha256, str(known.size), known.etag, json.dumps(key))
+                stream.write(" ".join(words).encode() + b"\n")
+        return buffer.getvalue()
+
+    @classmethod
+    def parse(cls, content: bytes) -> Index:
+        """An index from its bytes; what makes no sense is left out."""
+        index = cls()
+        unsound = (OSError, EOFError, zlib.error, ValueError)
+        with contextlib.suppress(*unsound), gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+            if stream.readline() == INDEX_HEADER:
+                index._read(stream)
+        return index
+
+    def _read(self, lines: Iterable[bytes]) -> None:
+        for line in lines:
+            if match := INDEX_LINE.fullmatch(line):
+                key = json.loads(match[4])
+                if isinstance(key, str):
+                    known = Known(match[3].decode(), int(match[2]), match[1].decode())
+                    self._entries[key] = known
+
+
+INDEX_HEADER = b"cloud_services index 1: sha256 size etag key\n"
+INDEX_LINE = re.compile(rb'([0-9a-f]{64}) (\d{1,15}) (\S*) (".*")\n')
+
+
+def load_index(bucket: Bucket, prefix: str) -> Index:
+    """The index of the objects below `prefix`; an empty one when there is none, or no sound one."""
+    try:
+        return Index.parse(bucket.get_bytes(_index_key(prefix)))
+    except (NotFoundError, IntegrityError, AccessError) as error:
+        log.info("no index for %s: %s", printable(prefix), error)
+        return Index()
+
+
+def save_index(bucket: Bucket, prefix: str, index: Index) -> None:
+    """Store the index, if it has changed."""
+    if index.changed:
+        bucket.put_stream([index.dump()], _index_key(prefix))
+        index.changed = False
+
+
+def _index_key(prefix: str) -> str:
+    return "/".join(filter(None, (prefix.rstrip("/"), HIDDEN_FOLDER, "index.gz")))
+
+
+# ── check-up ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class _CheckUp:
+    """Tries out, with one small object, what the server allows and supports."""
+
+    CONTENT = b"A check by cloud_services; it may be deleted.\n"
+    REMEDY = "let the policy allow {}"
+
+    def __init__(self, bucket: Bucket, server: _Server) -> None:
+        self._bucket, self._server = bucket, server
+        self._key = server.probe_key
+
+    def lines(self) -> Iterator[Check]:
+        """One line after the other; what depends on a failed one is left out."""
+        access = self._server.access
+        yield Check("credentials", True, f"key {access.key_id}, from: {access.credentials_source}")
+        if (yield from self._one("endpoint", self._endpoint)):
+            listed = yield from self._one("list", self._listing)
+            sent = yield from self._one("put", self._put)
+            if sent and (yield from self._one("get", self._get)):
+                yield from self._abilities()
+            if not listed and not sent:
+                yield Check("the rest", False, "not tried", "correct what is above first")
+
+    def _abilities(self) -> Iterator[Check]:
+        """What is good to have, and what it costs to be without."""
+        for name, work, price in (
+            ("metadata", self._metadata, "digests cannot be kept with objects"),
+            ("ranges", self._ranges, "downloads over 16 MiB are not possible"),
+            ("digests", self._digests, "damage on the way there is found only by downloading"),
+            ("copy", self._copy, "equal content is sent twice"),
+            ("multipart", self._multipart, "files over 8 MiB cannot be sent"),
+            ("delete", self._delete, "prune and --delete are not possible"),
+        ):
+            yield from self._one(name, work, price)
+
+    def _one(
+        self, name: str, work: Callable[[], str], price: str = ""
+    ) -> Generator[Check, None, bool]:
+        try:
+            yield Check(name, True, work())
+        except CloudError as error:
+            detail = f"{error}; {price}" if price else str(error)
+            yield Check(name, None if price else False, detail, error.hint)
+            return False
+        return True
+
+    def _endpoint(self) -> str:
+        clock = _skew(self._server.date())
+        if clock is not None and abs(clock) > MAX_SKEW_SECONDS:
+            rule = S3_CODES["RequestTimeTooSkewed"]
+            raise rule.kind(rule.message.format(skew=_skew_text(clock)), rule.hint)
+        shown = "it tells no time" if clock is None else f"clock {abs(clock):.0f} s off"
+        return f"{self._server.access.endpoint}, region {self._server.access.region}, {shown}"
+
+    def _listing(self) -> str:
+        found = self._server.ask(list_request(self._bucket.key(), most=1), "ListBucketResult")
+        return "there are objects" if b"<Contents>" in found else "nothing is there yet"
+
+    def _put(self) -> str:
+        return self._bucket.put_bytes(self.CONTENT, self._key).check
+
+    def _get(self) -> str:
+        if self._bucket.get_bytes(self._key) != self.CONTENT:
+            raise IntegrityError("what came is not what was stored")
+        return "the same content came back"
+
+    def _metadata(self) -> str:
+        if not self._server.head(self._key).sha256:
+            raise AccessError("the server drops metadata")
+        return "kept with the object"
+
+    def _ranges(self) -> str:
+        head = self._server.head(self._key)
+        piece = _Piece(head, 2, 7)
+        self._server.exchange(_Request("GET", self._key, {"range": piece.header}), piece)
+        if piece.content != self.CONTENT[2:7]:
+            raise IntegrityError("another range came than the one asked for")
+        return "parts of an object can be fetched"
+
+    def _digests(self) -> str:
+        """Whether a wrong Content-MD5 is refused; our own comparison of ETags stands in for it."""
+        request = put_request(self._key, self.CONTENT)
+        wrong = base64.b64encode(_md5(b"something else").digest()).decode()
+        headers = {**request.headers, "content-md5": wrong}
+        refused = self._server.refuses(request._replace(headers=headers), self.CONTENT)
+        tells = self._server.tells_md5()
+        if not refused and not tells:
+            raise AccessError("the server compares no Content-MD5, and its ETags are no MD5")
+        return ", ".join(
+            text for text, holds in (
+                ("Content-MD5 is compared", refused), ("ETags are MD5", tells),
+            ) if holds
+        )  # fmt: skip
+
+    def _copy(self) -> str:
+        self._bucket.copy(
+            self._key, self._key, {"sha256": hashlib.sha256(self.CONTENT).hexdigest()}
+        )
+        return "on the server"
+
+    def _multipart(self) -> str:
+        upload = _Upload(self._server, self._key, {})
+        upload.begin()
+        upload.finish_with(self.CONTENT)
+        return "large files go in parts"
+
+    def _delete(self) -> str:
+        self._server.exchange(_Request("DELETE", self._key))
+        return "allowed"
