@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Move machine-learning data between a workspace, a GPU box and the Hub: verified, resumable.
+"""Move machine-learning data between a workspace, a GPU box, the Hub and S3: verified, resumable.
 
     python cloud_services.py create-training-archive --workspace workspace
     python cloud_services.py upload-training --host gpu.example.com --user paperspace --extract
@@ -58,7 +58,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeVar, cast
 
 __version__ = "0.1.0"
 
@@ -164,6 +164,10 @@ class NotFoundError(CloudError):
     """A file, folder or pattern has nothing behind it."""
 
     exit_code = ExitCode.NOT_FOUND
+
+
+class NothingYetError(NotFoundError):
+    """The place could be looked at, and is empty: a start, not a failure, for who expects that."""
 
 
 class AccessError(CloudError):
@@ -592,167 +596,6 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-class _Hashed(NamedTuple):
-    """The state that a file was hashed in, and its digests; empty: not hashed."""
-
-    size: int = -1
-    mtime_ns: int = 0
-    inode: int = 0
-    sha256: str = ""
-    git: str = ""
-
-
-class HashCache:
-    """Digests of local files, remembered while path, size, time of change and inode stay the same.
-
-    A file that changed within the last two seconds is hashed but not remembered: it could change
-    again without its time telling (git calls such entries racily clean). It also remembers what
-    downloads placed, so that a later one tells an older version from a local change. Without a
-    writable cache folder it lasts as long as the process.
-    """
-
-    RACY_NS = 2_000_000_000
-    SAVE_FILES, SAVE_BYTES = 10_000, 1 << 30
-    """After hashing so much it is written down: a kill must not cost all of it."""
-
-    def __init__(self, path: Path | None = None) -> None:
-        self._sqlite: Any = need("sqlite3")
-        self._lock = threading.RLock()
-        self._hashing: dict[tuple[str, str], threading.Lock] = {}
-        self._known: dict[str, _Hashed] = {}
-        self._folder = ""
-        self._unsaved: dict[str, _Hashed] = {}
-        self._unsaved_bytes = 0
-        path = path or cache_folder() / "files.sqlite"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._open(str(path))
-        except (OSError, self._sqlite.Error) as error:
-            log.info("%s cannot be used: %s", printable(path), error)
-            self._open(":memory:")
-
-    def _open(self, path: str) -> None:
-        # What downloads placed stands at once, for a killed run and for others beside this one; a
-        # power cut may cost the cache, never data.
-        self._database = self._sqlite.connect(
-            path, check_same_thread=False, timeout=10, isolation_level=None
-        )
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=OFF")
-        self._database.executescript(
-            "CREATE TABLE IF NOT EXISTS hashed (path BLOB PRIMARY KEY, size INTEGER,"
-            " mtime_ns INTEGER, inode INTEGER, sha256 TEXT, git TEXT) WITHOUT ROWID;"
-            "CREATE TABLE IF NOT EXISTS received (path BLOB, arriving INTEGER, digest TEXT,"
-            " PRIMARY KEY (path, arriving)) WITHOUT ROWID"
-        )
-
-    def load(self, folder: str | Path) -> None:
-        """Read all that is remembered below a folder at once: thousands of questions are slow."""
-        self._folder = os.path.join(os.fspath(folder), "")
-        start = os.path.join(_cache_key(folder), b"")
-        query = "SELECT substr(path, ?), size, mtime_ns, inode, sha256, git FROM hashed"
-        below = f"{query} WHERE path >= ? AND path < ?"
-        with self._lock, contextlib.suppress(self._sqlite.Error):
-            values = (len(start) + 1, start, start[:-1] + b"0")  # 0 follows /
-            for path, *row in self._database.execute(below, values):
-                self._known[self._folder + os.fsdecode(path)] = _Hashed(*row)
-
-    def remembered(self, path: str | Path, kind: str, size: int, mtime_ns: int, inode: int) -> str:
-        """The digest, "sha256" or "git", remembered for a file in this state; or empty."""
-        hashed = self._of(path)
-        if hashed[:3] != (size, mtime_ns, inode):
-            return ""
-        return str(getattr(hashed, kind))
-
-    def sha256(self, path: str | Path) -> str:
-        """The SHA-256 of a file's content, in hex."""
-        return self._digest(path, "sha256")
-
-    def git_oid(self, path: str | Path) -> str:
-        """The id that git gives a file's content: SHA-1 over a header with its size, and it."""
-        return self._digest(path, "git")
-
-    def remember(self, path: str | Path, kind: str, status: os.stat_result, digest: str) -> None:
-        """Note a digest of the content that the file had when it had this status."""
-        if time.time_ns() - status.st_mtime_ns < self.RACY_NS:
-            return
-        name, state = os.fspath(path), (status.st_size, status.st_mtime_ns, status.st_ino)
-        with self._lock:
-            hashed = self._of(path)
-            hashed = hashed if hashed[:3] == state else _Hashed(*state)
-            digests = {kind: digest}
-            self._known[name] = self._unsaved[name] = hashed._replace(**digests)  # type: ignore[arg-type]  # "sha256" or "git"
-            self._unsaved_bytes += status.st_size
-            if self._unsaved_bytes > self.SAVE_BYTES or len(self._unsaved) > self.SAVE_FILES:
-                self._save()
-
-    def received(self, path: str | Path) -> list[str]:
-        """The digests of what downloads placed at `path` last, or were about to place."""
-        rows = self._ask("SELECT digest FROM received WHERE path = ?", path)
-        return [str(row[0]) for row in rows]
-
-    def remember_received(self, path: str | Path, digest: str, arriving: bool = False) -> None:
-        """Note what a download placed at `path`; with `arriving`, what it is about to place."""
-        row = (_cache_key(path), arriving, digest)
-        with self._lock, contextlib.suppress(self._sqlite.Error):
-            self._database.execute("REPLACE INTO received VALUES (?, ?, ?)", row)
-
-    def _save(self) -> None:
-        rows = [(_cache_key(name), *hashed) for name, hashed in self._unsaved.items()]
-        self._unsaved, self._unsaved_bytes = {}, 0
-        with contextlib.suppress(self._sqlite.Error):
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.executemany("REPLACE INTO hashed VALUES (?, ?, ?, ?, ?, ?)", rows)
-            self._database.execute("COMMIT")
-
-    def close(self) -> None:
-        """Write down what was learnt."""
-        with self._lock, contextlib.suppress(self._sqlite.Error):
-            self._save()
-            self._database.close()
-
-    def _digest(self, path: str | Path, kind: str) -> str:
-        with self._lock:
-            hashing = self._hashing.setdefault((os.fspath(path), kind), threading.Lock())
-        with hashing, local_errors(path):  # who asks meanwhile waits for the answer
-            status = os.stat(path)
-            state = (status.st_size, status.st_mtime_ns, status.st_ino)
-            if known := self.remembered(path, kind, *state):
-                return known
-            digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(usedforsecurity=False)
-            if kind == "git":
-                digest.update(b"blob %d\0" % status.st_size)
-            with open(path, "rb", buffering=0) as stream:
-                for block in read_blocks(stream):
-                    digest.update(block)
-                after = os.fstat(stream.fileno())
-            if (after.st_size, after.st_mtime_ns) == (status.st_size, status.st_mtime_ns):
-                self.remember(path, kind, after, digest.hexdigest())
-        return digest.hexdigest()
-
-    def _of(self, path: str | Path) -> _Hashed:
-        name = os.fspath(path)
-        found = self._known.get(name)
-        if found is None:
-            query = "SELECT size, mtime_ns, inode, sha256, git FROM hashed WHERE path = ?"
-            loaded = self._folder and name.startswith(self._folder)
-            rows = [] if loaded else self._ask(query, path)
-            found = self._known[name] = _Hashed(*rows[0]) if rows else _Hashed()
-        return found
-
-    def _ask(self, query: str, path: str | Path) -> list[tuple[Any, ...]]:
-        with self._lock, contextlib.suppress(self._sqlite.Error):
-            rows: list[tuple[Any, ...]] = self._database.execute(
-                query, (_cache_key(path),)
-            ).fetchall()
-            return rows
-        return []
-
-
-def _cache_key(path: str | Path) -> bytes:
-    return os.fsencode(os.path.abspath(path))
-
-
 def cache_folder() -> Path:
     """Where this program keeps what it can also do without: $XDG_CACHE_HOME/cloud_services."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
@@ -786,6 +629,16 @@ class LeftOut(NamedTuple):
     """One path that stays out, and why."""
 
     name: str
+    reason: str
+
+
+class Step(NamedTuple):
+    """What is done about one file of a mirror, and why; its size in bytes."""
+
+    path: str
+    size: int
+    action: str
+    """send, fetch, keep, delete or refuse."""
     reason: str
 
 
@@ -954,8 +807,8 @@ class _Tree:
         return bool(reason)
 
     def _reason_against(self, name: str, link: Path | None) -> str:
-        """Why the file or folder `name` stays out; `link` is its path when it may be a link."""
-        if secret := secret_part(name):
+        """Why `name` stays out; `link` is its path when it may be a link. Folders were asked."""
+        if secret := secret_part(name.rpartition("/")[2]):
             return f"secret: the name matches {secret}"
         for pattern in self._exclude:
             if excluded_by(name, pattern):
@@ -1663,7 +1516,10 @@ def _write_members(
 if TYPE_CHECKING:
     from transfers import Fetcher, FileInfo, Moved, Sender, Source, Store
 
-SATELLITES = ("transfers", "ssh_transport", "hf_transport", "hub_cards")
+SATELLITES = (
+    "transfers", "ssh_transport", "hash_cache", "hf_transport", "hub_cards", "s3_transport",
+    "s3_mirror", "s3_checkpoints", "docker_images",
+)  # fmt: skip
 """Modules beside this one, imported by the methods that need them."""
 
 
@@ -1984,7 +1840,8 @@ class PaperspaceDownloader(_Paperspace):
 # ── Hugging Face ─────────────────────────────────────────────────────────────────────────────────
 
 if TYPE_CHECKING:
-    from hf_transport import Download, HubRepo, RemoteFile, Step, Upload, UploadPlan
+    from hash_cache import HashCache
+    from hf_transport import Download, HubRepo, RemoteFile, Upload, UploadPlan
     from hub_cards import CardConfig
 
 FEATURES_FOLDER, SCALERS_FOLDER = "prepared/features", "prepared/scalers"
@@ -2080,14 +1937,6 @@ class _HuggingFace:
         )
         self.progress = progress or Progress()
         self._repo: HubRepo = HubRepo(self.settings)
-
-    @contextlib.contextmanager
-    def _hashes(self) -> Iterator[HashCache]:
-        hashes = HashCache()
-        try:
-            yield hashes
-        finally:
-            hashes.close()
 
 
 class _Seen(NamedTuple):
@@ -2222,11 +2071,12 @@ class HuggingFaceUploader(_HuggingFace):
         configs: Callable[[], list[CardConfig]], owned: tuple[str, ...] = (),
     ) -> HubUploadResult:  # fmt: skip
         """Compare, send and verify one kind of data; `owned` are the folders --delete may empty."""
+        from hash_cache import open_hash_cache
         from hf_transport import UploadRun, compare_upload, hash_ahead, require_within_limits
 
         started = time.monotonic()
         plan = _without_cache_folders(plan)
-        with self._hashes() as hashes:
+        with open_hash_cache() as hashes:
             hashes.load(plan.workspace)
             uploads = self._uploads(plan, root, hashes)
             if not self.dry_run:
@@ -2476,12 +2326,13 @@ class HuggingFaceDownloader(_HuggingFace):
     download_results = download_hf_results
 
     def _download(self, kind: HubKind, folder: Path) -> HubDownloadResult:
+        from hash_cache import open_hash_cache
         from hf_transport import Fetcher, compare_download
 
         started = time.monotonic()
         commit = self._repo.head()
         downloads = self._wanted(kind, folder, self._repo.files(commit))
-        with self._hashes() as hashes:
+        with open_hash_cache() as hashes:
             hashes.load(folder)
             steps = compare_download(downloads, hashes, self.force)
             result = HubDownloadResult(
@@ -2553,6 +2404,508 @@ def _require_no_local_change(steps: Sequence[Step], folder: Path) -> None:
             f" ({refused[0].reason}); nothing was fetched",
             "add --force to replace it, or --exclude to leave it",
         )
+
+
+# ── S3 ───────────────────────────────────────────────────────────────────────────────────────────
+
+if TYPE_CHECKING:
+    from docker_images import ImageStore
+    from s3_checkpoints import Checkpoint
+    from s3_mirror import Done, Mirror, MirrorPlan
+    from s3_transport import Bucket, Check, ObjectInfo
+
+LOG_EXCLUDES = ("*.ckpt", "*.tmp", "*.part")
+TWINS_ASKED = 8
+"""Of objects of the same size so many, the newest, are asked for their digest before sending."""
+
+
+@dataclasses.dataclass(frozen=True)
+class S3Sent:
+    """An object that holds what it should; `moved` bytes were sent for it in this run."""
+
+    source: str
+    key: str
+    size: int
+    moved: int
+    copied: bool
+    """The content was in the bucket under another name: the server copied it."""
+    sha256: str
+    check: str
+    seconds: float
+    left_out: tuple[LeftOut, ...] = ()
+
+    def __bool__(self) -> bool:
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class S3Fetched:
+    """A file that holds what the object holds; `moved` bytes were fetched for it in this run."""
+
+    key: str
+    path: Path
+    size: int
+    moved: int
+    sha256: str
+    check: str
+    seconds: float
+    passed_over: tuple[str, ...] = ()
+    """What would have come first, and why it was of no use."""
+    extracted: str | None = None
+
+    def __bool__(self) -> bool:
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class S3Mirrored:
+    """How a folder and a prefix were made the same; true when nothing failed."""
+
+    place: str
+    folder: Path
+    steps: tuple[Step, ...]
+    sent: int = 0
+    moved: int = 0
+    """Bytes; `sent` counts files, in either direction."""
+    deleted: int = 0
+    failures: tuple[str, ...] = ()
+    checks: tuple[str, ...] = ()
+    """How what was moved was verified, each way once."""
+    left_out: tuple[LeftOut, ...] = ()
+    dry_run: bool = False
+    seconds: float = 0.0
+
+    @property
+    def unchanged(self) -> int:
+        """Files that were the same already."""
+        return sum(step.action == "keep" for step in self.steps)
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+
+@dataclasses.dataclass(frozen=True)
+class S3Pruned:
+    """Which checkpoints stay, and which went (with `dry_run`: would go)."""
+
+    kept: tuple[str, ...]
+    removed: tuple[str, ...]
+    freed: int
+    failures: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+
+class S3Sync:
+    """Keeps checkpoints, logs, datasets and archives of a training run in a bucket, verified.
+
+    Below the prefix: checkpoints/<name>, logs/<run>/…, datasets/<name>/…, training/ and results/.
+    Every object carries its SHA-256. The same call continues what was interrupted. Asks nothing,
+    prints nothing; failures are CloudErrors.
+    """
+
+    def __init__(
+        self, bucket: str | None = None, prefix: str | None = None,
+        endpoint_url: str | None = None, region: str | None = None, *,
+        progress: Progress | None = None, dry_run: bool = False,
+        approve: Callable[[str, Sequence[str]], None] | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
+        """Nothing is asked of the server yet.
+
+        What is not given comes from S3_BUCKET, S3_PREFIX, AWS_ENDPOINT_URL, … in the environment or
+        `.env`, credentials from the whole AWS chain. approve: sees the place and the names before
+        anything is removed, and may raise RefusedError. settings: fields of S3Settings (profile,
+        max_concurrency, limit_rate, timeout). Raises MissingPackageError, UsageError, AccessError.
+        """
+        require_installed("boto3")
+        from s3_transport import Bucket, S3Settings
+
+        given = S3Settings.resolve(
+            bucket=bucket, prefix=prefix, endpoint_url=endpoint_url, region=region, **settings
+        )
+        self.progress = progress or Progress()
+        self.dry_run = dry_run
+        self._approve = approve or (lambda _place, _names: None)
+        self.bucket: Bucket = Bucket(given, self.progress)
+
+    def place(self, key: str) -> str:
+        """How a person writes an object's name."""
+        return f"{self.bucket.name}/{key}"
+
+    # checkpoints
+
+    def upload_checkpoint(self, path: str | Path, key: str | None = None) -> S3Sent:
+        """Store a checkpoint as checkpoints/<name>, or under the full key `key`.
+
+        Unchanged content is not sent; content that is in the same folder under another name, as
+        that of last.ckpt is, is copied by the server.
+        """
+        from hash_cache import open_hash_cache
+        from s3_checkpoints import progress_of
+
+        started = time.monotonic()
+        path = Path(path)
+        if path.is_dir():
+            raise UsageError(
+                f"{printable(path)} is a folder: checkpoints in pieces are not supported",
+                f"send it as files: python cloud_services.py s3-upload-dataset {_shown(path)}",
+            )
+        key = key or self.bucket.key("checkpoints", path.name)
+        with open_hash_cache() as hashes:
+            sha256 = hashes.sha256(path)
+        with local_errors(path):
+            size = path.stat().st_size
+        there = self.bucket.find(key)
+        same = there is not None and (there.sha256, there.size) == (sha256, size)
+        if not same and self._copied_twin(key, size, sha256):
+            check = "SHA-256 of the content, as noted with the object it is a copy of"
+            return S3Sent(str(path), key, size, 0, True, sha256, check, time.monotonic() - started)
+        stored = self.bucket.put_file(path, key, sha256=sha256, metadata=progress_of(path))
+        return S3Sent(
+            str(path), key, stored.size, stored.moved, False, stored.sha256, stored.check,
+            time.monotonic() - started,
+        )  # fmt: skip
+
+    def _copied_twin(self, key: str, size: int, sha256: str) -> bool:
+        """Whether the server could copy the content from another object of the same folder."""
+        folder = key.rpartition("/")[0] + "/"
+        equal = [one for one in self.bucket.list(folder) if one.size == size and one.key != key]
+        for info in sorted(equal, key=lambda one: -one.mtime)[:TWINS_ASKED]:
+            head = self.bucket.find(info.key)
+            if head and head.sha256 == sha256:
+                try:
+                    self.bucket.copy(info.key, key)
+                except (CloudError, OSError) as error:
+                    log.warning("%s is sent, not copied: %s", printable(key), error)
+                    return False
+                return True
+        return False
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints in the bucket, the one to resume from last."""
+        from s3_checkpoints import in_order, read_listing
+
+        return in_order(read_listing(self.bucket, self.bucket.key("checkpoints") + "/"))
+
+    def download_checkpoint(self, name: str, local_dir: str | Path = "checkpoints") -> S3Fetched:
+        """Fetch one checkpoint by its name. Raises NotFoundError, IntegrityError."""
+        key = self.bucket.key("checkpoints", name)
+        if self.bucket.find(key) is None:
+            raise NotFoundError(
+                f"there is no {printable(self.place(key))}",
+                "python cloud_services.py s3-list-checkpoints",
+            )
+        return self._fetch(key, self._below(Path(local_dir), name))
+
+    def download_latest(self, local_dir: str | Path = "checkpoints", by: str = "step") -> S3Fetched:
+        """Fetch the checkpoint of the highest step, of the latest time, or the best by a metric.
+
+        A damaged or partial one is passed over, loudly. Raises NotFoundError when there is none,
+        IntegrityError when none of them is sound.
+        """
+        from s3_checkpoints import in_order, why_partial
+
+        found = in_order(self.list_checkpoints(), by)
+        if not found:
+            raise NothingYetError(
+                f"no checkpoints in {self.place(self.bucket.key('checkpoints'))}",
+                "upload one: python cloud_services.py s3-upload-checkpoint FILE",
+            )
+        passed_over: list[str] = []
+        for one in reversed(found):
+            target = self._below(Path(local_dir), one.name)
+            try:
+                fetched = self._fetch(one.key, target)
+                reason = why_partial(target)
+            except (IntegrityError, NotFoundError) as error:
+                reason = str(error)
+            if not reason:
+                return dataclasses.replace(fetched, passed_over=tuple(passed_over))
+            passed_over.append(f"{one.name}: {reason}")
+            log.warning("%s is passed over: %s", printable(one.name), reason)
+        raise IntegrityError(
+            f"none of {len(found)} checkpoints is sound; the newest, {passed_over[0]}",
+            "upload a sound one: python cloud_services.py s3-upload-checkpoint FILE",
+        )
+
+    def resume(self, local_dir: str | Path = "checkpoints", by: str = "step") -> S3Fetched:
+        """The checkpoint to resume from, here: what CHECKPOINT=s3 means. As download_latest()."""
+        return self.download_latest(local_dir, by)
+
+    def prune_checkpoints(self, keep: int, by: str = "") -> S3Pruned:
+        """Remove checkpoints, except the newest `keep`, the best by `by`, and last.ckpt's content.
+
+        `by` is a metric, as in s3-download-latest; empty: none is kept for being the best.
+        """
+        from s3_checkpoints import kept_by_prune
+
+        if keep < 1:
+            raise UsageError("at least one checkpoint has to stay", "use --keep 1 or more")
+        found = self.list_checkpoints()
+        stays = kept_by_prune(found, keep, by)
+        goes = {one.key: one for one in found if one.key not in stays}
+        kept = tuple(one.name for one in found if one.key in stays)
+        names = tuple(one.name for one in goes.values())
+        size = sum(one.size for one in goes.values())
+        if self.dry_run or not goes:
+            return S3Pruned(kept, names, size, dry_run=self.dry_run)
+        self._approve(self.place(self.bucket.key("checkpoints")), names)
+        outcomes = list(self.bucket.delete(goes))
+        failures = tuple(f"{one.key}: {one.error}" for one in outcomes if one.error)
+        removed = {one.key for one in outcomes if not one.error}
+        gone = tuple(one.name for one in goes.values() if one.key in removed)
+        freed = sum(one.size for one in goes.values() if one.key in removed)
+        return S3Pruned(kept, gone, freed, failures)
+
+    def _fetch(self, key: str, target: Path) -> S3Fetched:
+        from hash_cache import open_hash_cache
+
+        started = time.monotonic()
+        head = self.bucket.head(key)
+        with open_hash_cache() as hashes, local_errors(target):
+            same_size = target.is_file() and target.stat().st_size == head.size
+            known = hashes.sha256(target) if same_size else ""
+        stored = self.bucket.get_file(key, target, sha256=known, head=head)
+        return S3Fetched(
+            key, target, stored.size, stored.moved, stored.sha256, stored.check,
+            time.monotonic() - started,
+        )  # fmt: skip
+
+    @staticmethod
+    def _below(folder: Path, name: str) -> Path:
+        from s3_transport import local_name
+
+        return folder.joinpath(*local_name(name).split("/"))
+
+    # folders
+
+    def upload_logs(
+        self, folder: str | Path, run: str | None = None, prefix: str | None = None
+    ) -> S3Mirrored:
+        """Mirror the TensorBoard logs of a run to logs/<run>/, or below the full key `prefix`.
+
+        A file that grows meanwhile is sent as it was at one moment; checkpoints stay out.
+        """
+        folder = Path(folder)
+        run = run or folder.resolve().name
+        prefix = prefix or self.bucket.key("logs", run)
+        return self._upload_folder(folder, prefix, exclude=LOG_EXCLUDES, growing=True)
+
+    def download_logs(
+        self, run: str | None = None, local_dir: str | Path = "logs", delete: bool = False
+    ) -> S3Mirrored:
+        """Mirror the logs of one run, or of all, into local_dir/<run>/."""
+        names = [run] if run else []
+        folder = Path(local_dir).joinpath(*names)
+        return self._download_folder(self.bucket.key("logs", *names), folder, delete=delete)
+
+    def upload_dataset(
+        self, folder: str | Path, name: str | None = None, *, include: Sequence[str] = (),
+        exclude: Sequence[str] = (), delete: bool = False, checksum: bool = False,
+    ) -> S3Mirrored:  # fmt: skip
+        """Make datasets/<name>/ hold the files of a folder; secrets stay out.
+
+        With `delete`, objects that are gone here are removed there.
+        """
+        folder = Path(folder)
+        key = self.bucket.key("datasets", name or folder.resolve().name)
+        return self._upload_folder(
+            folder, key, include=include, exclude=exclude, delete=delete, checksum=checksum
+        )
+
+    def download_dataset(
+        self, name: str | None = None, local_dir: str | Path | None = None, *,
+        include: Sequence[str] = (), exclude: Sequence[str] = (), delete: bool = False,
+        checksum: bool = False,
+    ) -> S3Mirrored:  # fmt: skip
+        """Make a folder hold datasets/<name>/; without a name, the only dataset there is.
+
+        With `delete`, files that are gone in the bucket are removed here, secrets never.
+        """
+        name = name or self._only_dataset()
+        return self._download_folder(
+            self.bucket.key("datasets", name), Path(local_dir or name), include=include,
+            exclude=exclude, delete=delete, checksum=checksum,
+        )  # fmt: skip
+
+    def _only_dataset(self) -> str:
+        folder = self.bucket.key("datasets") + "/"
+        names = {one.key.removeprefix(folder).split("/")[0] for one in self.bucket.list(folder)}
+        if len(names) == 1:
+            return str(self._below(Path(), names.pop()))
+        if names:
+            shown = ", ".join(printable(name) for name in sorted(names)[:10])
+            raise UsageError(
+                f"there are {len(names)} datasets: {shown}",
+                f"python cloud_services.py s3-download-dataset {shlex.quote(min(names))}",
+            )
+        raise NotFoundError(
+            f"no datasets in {self.place(folder)}",
+            "upload one: python cloud_services.py s3-upload-dataset DIR",
+        )
+
+    def _upload_folder(
+        self, folder: Path, key: str, *, include: Sequence[str] = (),
+        exclude: Sequence[str] = (), delete: bool = False, checksum: bool = False,
+        growing: bool = False,
+    ) -> S3Mirrored:  # fmt: skip
+        started = time.monotonic()
+        plan = plan_folder(folder, "DIR", exclude)
+        with self._mirror(folder, key, include, exclude, checksum) as mirror:
+            steps = mirror.plan_upload(plan, delete)
+            done = self._agreed(self.place(key), steps) and mirror.upload(steps, growing)
+        return self._mirrored(key, folder, steps, done, plan.left_out, started)
+
+    def _download_folder(
+        self, key: str, folder: Path, *, include: Sequence[str] = (),
+        exclude: Sequence[str] = (), delete: bool = False, checksum: bool = False,
+    ) -> S3Mirrored:  # fmt: skip
+        started = time.monotonic()
+        here = _Tree(folder, tuple(exclude), "folder", "--local-dir") if folder.is_dir() else None
+        if here:
+            here.add_folder("")
+        with self._mirror(folder, key, include, exclude, checksum) as mirror:
+            steps = mirror.plan_download(folder, here.files if here else (), delete)
+            if not any(step.action in ("fetch", "keep") for step in steps.steps):
+                raise NotFoundError(
+                    f"nothing to fetch in {self.place(key)}/",
+                    "python cloud_services.py s3-check shows what can be reached",
+                )
+            done = self._agreed(str(folder), steps) and mirror.download(steps, folder)
+        return self._mirrored(key, folder, steps, done, (), started)
+
+    @contextlib.contextmanager
+    def _mirror(
+        self, folder: Path, key: str, include: Sequence[str], exclude: Sequence[str],
+        checksum: bool,
+    ) -> Iterator[Mirror]:  # fmt: skip
+        from hash_cache import open_hash_cache
+        from s3_mirror import Mirror
+
+        with open_hash_cache() as hashes:
+            hashes.load(folder)
+            yield Mirror(
+                self.bucket, key + "/", hashes, include=include, exclude=exclude, checksum=checksum
+            )
+
+    def _agreed(self, place: str, steps: MirrorPlan) -> bool:
+        """Whether to go on: not with a dry run; somebody has to agree to what is removed."""
+        if not self.dry_run and (gone := steps.names("delete")):
+            self._approve(place, gone)
+        return not self.dry_run
+
+    def _mirrored(
+        self, key: str, folder: Path, steps: MirrorPlan, done: Done | Literal[False],
+        left_out: tuple[LeftOut, ...], started: float,
+    ) -> S3Mirrored:  # fmt: skip
+        result = S3Mirrored(
+            self.place(key), folder, steps.steps, failures=steps.failures, left_out=left_out,
+            dry_run=self.dry_run, seconds=time.monotonic() - started,
+        )  # fmt: skip
+        if done is False:
+            return result
+        return dataclasses.replace(
+            result, sent=done.files, moved=done.bytes, deleted=done.deleted,
+            failures=done.failures, checks=done.checks,
+        )  # fmt: skip
+
+    # archives
+
+    def upload_archive(self, archive: str | Path | Plan, kind: str) -> S3Sent:
+        """Store an archive in training/ or results/: a file, or a plan packed on the way."""
+        from transfers import PackSource
+
+        started = time.monotonic()
+        stem = ARCHIVE_STEMS[kind]
+        if isinstance(archive, Plan):
+            self.progress.begin("packing and sending", None)
+            try:
+                segments = PackSource(archive, stem).segments(Progress())
+                with self._pending_name(kind, archive.workspace) as name:
+                    stored = self.bucket.put_stream(
+                        segments, self.bucket.key(kind, name), resumable=True
+                    )
+            finally:
+                self.progress.end()
+            source, left_out = str(archive.workspace), archive.left_out
+        else:
+            path = Path(archive)
+            stored = self.bucket.put_file(path, self.bucket.key(kind, path.name))
+            source, left_out = str(path), ()
+        return S3Sent(
+            source, stored.key, stored.size, stored.moved, False, stored.sha256, stored.check,
+            time.monotonic() - started, left_out,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def _pending_name(self, kind: str, workspace: Path) -> Iterator[str]:
+        """The name of a new archive; that of a run that did not finish, so that it continues."""
+        place = self.place(self.bucket.key(kind, str(workspace.resolve())))
+        digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
+        note = cache_folder() / "uploads" / f"{digest}.name"
+        with local_errors(note):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            name = note.read_text(encoding="ascii", errors="replace") if note.exists() else ""
+            if not re.fullmatch(r"\w+_\d{8}_\d{6}\.tar\.gz", name):
+                name = timestamped(ARCHIVE_STEMS[kind])
+                with replacing(note) as stream:
+                    stream.write(name.encode())
+        yield name
+        note.unlink(missing_ok=True)
+
+    def upload_training_data(self, archive: str | Path | Plan) -> S3Sent:
+        """Store a training archive, or pack a plan of plan_training() into one on the way."""
+        return self.upload_archive(archive, "training")
+
+    def upload_results(self, archive: str | Path | Plan) -> S3Sent:
+        """Store a results archive, or pack a plan of plan_results() into one on the way."""
+        return self.upload_archive(archive, "results")
+
+    def list_archives(self, kind: str) -> list[ObjectInfo]:
+        """The archives in training/ or results/, the newest last."""
+        found = self.bucket.list(self.bucket.key(kind) + "/")
+        archives = [one for one in found if one.key.endswith(ARCHIVE_SUFFIXES)]
+        return sorted(archives, key=lambda one: (one.mtime, one.key))
+
+    def download_archive(
+        self, kind: str, name: str | None = None, local_dir: str | Path = ".",
+        extract: bool = False,
+    ) -> S3Fetched:  # fmt: skip
+        """Fetch an archive of training/ or results/, the newest without a name; unpack it there."""
+        found = {posixpath.basename(one.key): one.key for one in self.list_archives(kind)}
+        name = name or next(reversed(found), "")
+        if name not in found:
+            what = f"{kind}/{name}" if name else f"{kind} archives"
+            raise NotFoundError(
+                f"no {printable(what)} in {self.place(self.bucket.key(kind))}/",
+                f"upload one: python cloud_services.py s3-upload-{kind}",
+            )
+        fetched = self._fetch(found[name], self._below(Path(local_dir), name))
+        if extract:
+            extract_archive(fetched.path, local_dir, self.progress)
+            fetched = dataclasses.replace(fetched, extracted=str(local_dir))
+        return fetched
+
+    def download_training_data(
+        self, name: str | None = None, local_dir: str | Path = ".", extract: bool = False
+    ) -> S3Fetched:
+        """Fetch a training archive, the newest without a name; with `extract` unpack it there."""
+        return self.download_archive("training", name, local_dir, extract)
+
+    def download_results(
+        self, name: str | None = None, local_dir: str | Path = ".", extract: bool = False
+    ) -> S3Fetched:
+        """Fetch a results archive, the newest without a name; with `extract` unpack it there."""
+        return self.download_archive("results", name, local_dir, extract)
+
+    def check(self) -> Iterator[Check]:
+        """Credentials, endpoint, clock, rights and abilities, one line after the other."""
+        return self.bucket.check()
+
+
+ARCHIVE_STEMS = {"training": "training_data", "results": "results"}
 
 
 # ── command machinery ────────────────────────────────────────────────────────────────────────────
@@ -2725,6 +3078,7 @@ class LineProgress(Progress):
         self._write = write
         self._lock = threading.Lock()
         self._what, self._total, self._done = "", None, 0  # type: tuple[str, int | None, int]
+        self._started = self._shown = time.monotonic()
 
     def begin(self, what: str, total: int | None) -> None:
         self._what, self._total, self._done = what, total, 0
@@ -2734,7 +3088,7 @@ class LineProgress(Progress):
         with self._lock:
             self._done += count
             now = time.monotonic()
-            if now - self._shown < self.INTERVAL_SECONDS:
+            if not self._what or now - self._shown < self.INTERVAL_SECONDS:
                 return
             self._shown = now
             rate = self._done / (now - self._started)
@@ -2811,6 +3165,12 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"{printable(text)!r} is no size; write for example 20M")
     return int(size)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{printable(text)!r} is no number from 1 on")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -3267,6 +3627,445 @@ def _hub_download_outcome(result: HubDownloadResult) -> Outcome:
         return Outcome(result, rows)
     exit_code = ExitCode.INTEGRITY if result.compared_only else ExitCode.PARTIAL
     return Outcome(result, rows, exit_code=exit_code)
+
+
+S3 = (
+    Argument("--bucket", help="the bucket, or s3://bucket/prefix (S3_BUCKET)"),
+    Argument("--prefix", help="the folder in the bucket (S3_PREFIX; default: none)"),
+    Argument("--endpoint-url", metavar="URL", help="the server (AWS_ENDPOINT_URL; default: AWS)"),
+    Argument("--region", help="the region (AWS_DEFAULT_REGION; default: as boto3 would)"),
+    Argument("--profile", help="a profile of ~/.aws (AWS_PROFILE)"),
+    Argument(
+        "--max-concurrency", type=_checked(_positive), metavar="N",
+        help="requests at once (AWS_S3_MAX_CONCURRENCY; default: by size and distance)",
+    ),
+    Argument(
+        "--limit-rate", type=_checked(parse_size), metavar="RATE",
+        help="at most this many bytes per second, such as 20M",
+    ),
+    Argument(
+        "--timeout", type=_checked(_seconds), metavar="SECONDS",
+        help="silence after which a connection is dead (default: 60)",
+    ),
+)  # fmt: skip
+BY = Argument(
+    "--by", default="step", metavar="ORDER",
+    help="step, time, or a metric in the names: val_loss is lowest, val_acc:max highest"
+    " (default: step)",
+)  # fmt: skip
+INCLUDE = Argument(
+    "--include", action="append", default=[], metavar="GLOB", help="only these; repeatable"
+)
+CHECKSUM = Argument(
+    "--checksum", action="store_true",
+    help="trust no remembered digest: read every file, ask every object",
+)  # fmt: skip
+EXTRACT = Argument("--extract", action="store_true", help="unpack it there once it is verified")
+ARCHIVE = Argument("--archive", metavar="FILE", help="send this archive instead of packing")
+ARCHIVE_NAME = Argument("name", nargs="?", metavar="NAME", help="an archive (default: the newest)")
+
+
+@command("s3-upload-checkpoint", Argument("file", metavar="FILE", help="the checkpoint"), *S3)
+def s3_upload_checkpoint(args: argparse.Namespace, console: Console) -> Outcome:
+    """Store a checkpoint in the bucket as checkpoints/<name>.
+
+    Unchanged content is not sent, and content that is there under another name (last.ckpt) is
+    copied by the server. A large file continues where an earlier run stopped.
+    """
+    return _s3_sent_outcome(_s3(args, console).upload_checkpoint(args.file))
+
+
+@command("s3-list-checkpoints", *S3)
+def s3_list_checkpoints(args: argparse.Namespace, console: Console) -> Outcome:
+    """List the checkpoints in the bucket, the newest last: time, size, name, epoch, step, metrics.
+
+    Step and epoch come from the name, or from the file itself when it was sent from here.
+    """
+    found = _s3(args, console).list_checkpoints()
+    width = max((len(str(one.size)) for one in found), default=0)
+    lines = [
+        f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one.mtime))}  {one.size:>{width}}  "
+        f"{printable(one.name)}{_progress_text(one)}"
+        for one in found
+    ]
+    if not found:
+        console.note("no checkpoints yet")
+    return Outcome({"checkpoints": found}, lines=lines)
+
+
+def _progress_text(one: Checkpoint) -> str:
+    """What a checkpoint's own name leaves unsaid."""
+    known = {"epoch": one.epoch, "step": one.step, **one.metrics}
+    shown = (f"{label} {value:g}" for label, value in known.items() if value is not None)
+    return "".join(f"  {word}" for word in shown)
+
+
+@command(
+    "s3-download-checkpoint",
+    Argument("name", metavar="NAME", help="its name, as s3-list-checkpoints shows it"),
+    _local_dir("checkpoints"), *S3,
+)  # fmt: skip
+def s3_download_checkpoint(args: argparse.Namespace, console: Console) -> Outcome:
+    """Fetch one checkpoint; it gets its name after its SHA-256 was compared."""
+    return _s3_fetched_outcome(_s3(args, console).download_checkpoint(args.name, args.local_dir))
+
+
+@command("s3-download-latest", BY, _local_dir("checkpoints"), *S3)
+def s3_download_latest(args: argparse.Namespace, console: Console) -> Outcome:
+    """Fetch the checkpoint of the highest step, or the best by --by.
+
+    A damaged or partial one is passed over, and named.
+    """
+    return _s3_fetched_outcome(_s3(args, console).download_latest(args.local_dir, args.by))
+
+
+@command(
+    "s3-prune-checkpoints",
+    Argument(
+        "--keep", type=_checked(_count), required=True, metavar="N", help="keep the newest N"
+    ),
+    Argument("--by", default="", metavar="METRIC", help="keep the best by this metric, too"),
+    DRY_RUN, *S3,
+)  # fmt: skip
+def s3_prune_checkpoints(args: argparse.Namespace, console: Console) -> Outcome:
+    """Remove old checkpoints from the bucket, after a question.
+
+    The newest N stay, the best by --by, and whatever last.ckpt holds.
+    """
+    result = _s3(args, console).prune_checkpoints(args.keep, args.by)
+    verb = "would be removed" if result.dry_run else "removed"
+    lines = [f"{verb}  {printable(name)}" for name in result.removed]
+    rows = [("kept", f"{len(result.kept)} checkpoints"), (verb, f"{len(result.removed)}")]
+    rows.append(("room", human_bytes(result.freed)))
+    rows += [("failed", printable(failure)) for failure in result.failures]
+    return Outcome(result, rows, lines, exit_code=_partial_unless(bool(result)))
+
+
+@command(
+    "s3-resume",
+    Argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT",
+        help="s3, or a path that is taken as it is (CHECKPOINT; default: s3)",
+    ),
+    BY, _local_dir("checkpoints"),
+    Argument(
+        "--allow-fresh", action="store_true",
+        help="print an empty line when there is no checkpoint yet",
+    ),
+    *S3,
+)  # fmt: skip
+def s3_resume(args: argparse.Namespace, console: Console) -> Outcome:
+    """Print the path of the checkpoint to resume from, fetching it if needed.
+
+    For scripts: python train.py --ckpt "$(python cloud_services.py s3-resume --allow-fresh)". A
+    damaged or partial checkpoint is passed over for the next; when none is left, it is an error.
+    """
+    chosen = args.checkpoint or os.environ.get("CHECKPOINT") or dotenv_settings().get("CHECKPOINT")
+    if chosen and chosen != "s3":
+        if not os.path.exists(chosen):
+            raise NotFoundError(
+                f"the checkpoint {printable(chosen)} does not exist",
+                "name another in CHECKPOINT, or CHECKPOINT=s3",
+            )
+        return Outcome({"path": chosen}, lines=[chosen])
+    try:
+        fetched = _s3(args, console).download_latest(args.local_dir, args.by)
+    except NothingYetError:
+        if not args.allow_fresh:
+            raise
+        console.note("no checkpoint yet: a fresh start")
+        return Outcome({"path": None}, lines=[""])
+    return Outcome(fetched, lines=[str(fetched.path)])
+
+
+@command(
+    "s3-upload-logs",
+    Argument("folder", metavar="DIR", help="the logs of one run, such as lightning_logs/version_3"),
+    Argument("--run", metavar="NAME", help="the run (default: the folder's name)"),
+    Argument(
+        "--watch", type=_checked(_seconds), metavar="SECONDS",
+        help="look again every so often, until interrupted",
+    ),
+    DRY_RUN, *S3,
+)  # fmt: skip
+def s3_upload_logs(args: argparse.Namespace, console: Console) -> Outcome:
+    """Mirror the TensorBoard logs of a run to logs/<run>/ in the bucket.
+
+    A file that grows meanwhile is sent as it was at one moment. Checkpoints and *.tmp stay out.
+    """
+    sync = _s3(args, console)
+    if not args.watch:
+        return _s3_mirror_outcome(sync.upload_logs(args.folder, args.run), console)
+    try:
+        while True:
+            _look_once(sync, args, console)
+            time.sleep(args.watch)
+    except (KeyboardInterrupt, Terminated):  # what was written last goes as well
+        _look_once(sync, args, console)
+        raise
+
+
+def _look_once(sync: S3Sync, args: argparse.Namespace, console: Console) -> None:
+    """Send what is new; a storage that is away may be back by the next time."""
+    try:
+        result = sync.upload_logs(args.folder, args.run)
+    except TransferError as error:
+        log.warning("%s", error)
+        return
+    for failure in result.failures:
+        log.warning("%s", printable(failure))
+    if result.sent:
+        amount = f"{human_bytes(result.moved)} in files: {result.sent:,}"
+        console.note(f"{time.strftime('%H:%M:%S')} sent {amount}, to {result.place}")
+
+
+@command(
+    "s3-download-logs",
+    Argument("run", nargs="?", metavar="RUN", help="one run (default: all)"),
+    Argument("--delete", action="store_true", help="remove files here that are gone there; asks"),
+    _local_dir("logs"), DRY_RUN, *S3,
+)  # fmt: skip
+def s3_download_logs(args: argparse.Namespace, console: Console) -> Outcome:
+    """Fetch the logs of one run, or of all, into a folder for TensorBoard."""
+    result = _s3(args, console).download_logs(args.run, args.local_dir, args.delete)
+    return _s3_mirror_outcome(result, console)
+
+
+@command(
+    "s3-upload-dataset",
+    Argument("folder", metavar="DIR", help="the dataset here"),
+    Argument("--name", metavar="NAME", help="its name there (default: the folder's)"),
+    INCLUDE, EXCLUDE,
+    Argument("--delete", action="store_true", help="remove objects that are gone here; asks first"),
+    CHECKSUM, DRY_RUN, *S3,
+)  # fmt: skip
+def s3_upload_dataset(args: argparse.Namespace, console: Console) -> Outcome:
+    """Mirror a folder to datasets/<name>/ in the bucket.
+
+    What differs is decided by size and SHA-256, not by time. Secrets stay out. The same command
+    continues what was interrupted.
+    """
+    result = _s3(args, console).upload_dataset(
+        args.folder, args.name, include=args.include, exclude=args.exclude, delete=args.delete,
+        checksum=args.checksum,
+    )  # fmt: skip
+    return _s3_mirror_outcome(result, console)
+
+
+@command(
+    "s3-download-dataset",
+    Argument("name", nargs="?", metavar="NAME", help="the dataset (default: the only one there)"),
+    Argument("--local-dir", metavar="DIR", help="the folder here (default: the dataset's name)"),
+    INCLUDE, EXCLUDE,
+    Argument("--delete", action="store_true", help="remove files here that are gone there; asks"),
+    CHECKSUM, DRY_RUN, *S3,
+)  # fmt: skip
+def s3_download_dataset(args: argparse.Namespace, console: Console) -> Outcome:
+    """Mirror datasets/<name>/ of the bucket into a folder here."""
+    result = _s3(args, console).download_dataset(
+        args.name, args.local_dir, include=args.include, exclude=args.exclude, delete=args.delete,
+        checksum=args.checksum,
+    )  # fmt: skip
+    return _s3_mirror_outcome(result, console)
+
+
+@command("s3-upload-training", *TICKS, WORKSPACE, EXCLUDE, ARCHIVE, DRY_RUN, *S3)
+def s3_upload_training(args: argparse.Namespace, console: Console) -> Outcome:
+    """Pack the training data and store it in training/, in one pass; or store an archive."""
+    sync = _s3(args, console)
+    archive = Path(args.archive) if args.archive else _agreed_training_plan(args, console)
+    return _s3_archive_outcome(sync, archive, "training", console)
+
+
+@command("s3-upload-results", WORKSPACE, EXCLUDE, ARCHIVE, DRY_RUN, *S3)
+def s3_upload_results(args: argparse.Namespace, console: Console) -> Outcome:
+    """Pack the results and store them in results/, in one pass; or store an archive."""
+    sync = _s3(args, console)
+    archive = Path(args.archive) if args.archive else plan_results(args.workspace, args.exclude)
+    return _s3_archive_outcome(sync, archive, "results", console)
+
+
+@command("s3-download-training", ARCHIVE_NAME, _local_dir("."), EXTRACT, *S3)
+def s3_download_training(args: argparse.Namespace, console: Console) -> Outcome:
+    """Fetch a training archive from training/: the newest, or the one named."""
+    sync = _s3(args, console)
+    return _s3_fetched_outcome(sync.download_training_data(args.name, args.local_dir, args.extract))
+
+
+@command("s3-download-results", ARCHIVE_NAME, _local_dir("."), EXTRACT, *S3)
+def s3_download_results(args: argparse.Namespace, console: Console) -> Outcome:
+    """Fetch a results archive from results/: the newest, or the one named."""
+    sync = _s3(args, console)
+    return _s3_fetched_outcome(sync.download_results(args.name, args.local_dir, args.extract))
+
+
+@command("s3-check", *S3)
+def s3_check(args: argparse.Namespace, console: Console) -> Outcome:
+    """Try out credentials, endpoint, clock, rights, and what the server supports.
+
+    Each line that fails says what to do about it. One small object is written, and removed where
+    that is allowed.
+    """
+    checks = list(_s3(args, console).check())
+    marks = {True: "ok", False: "FAILED", None: "without"}
+    lines = []
+    for check in checks:
+        lines.append(f"{marks[check.ok]:<8} {check.name:<12} {printable(check.detail)}")
+        if check.remedy and check.ok is not True:
+            lines.append(f"{'':<8} {'':<12} {printable(check.remedy)}")
+    failed = any(check.ok is False for check in checks)
+    code = ExitCode.ACCESS if failed else ExitCode.DONE
+    return Outcome({"checks": checks}, lines=lines, exit_code=code)
+
+
+IMAGE = Argument("--image", metavar="NAME", help="the image, such as app:latest (DOCKER_IMAGE)")
+
+
+@command(
+    "docker-export", IMAGE,
+    Argument("--layers", action="store_true", help="store layers by digest: only new ones go"),
+    DRY_RUN, *S3,
+)  # fmt: skip
+def docker_export(args: argparse.Namespace, console: Console) -> Outcome:
+    """Store a Docker or podman image in docker-images/, without a file of its size on the way."""
+    image = _image(args)
+    result = _image_store(args, console).export(image, args.layers)
+    rows = [("image", printable(result.image)), ("object", printable(result.key))]
+    if args.dry_run:
+        rows[1] = ("would go to", printable(result.key))
+        return Outcome(result, rows)
+    if result.moved:
+        rows += _amount(max(1, result.sent_layers), result.moved, result.seconds)
+    else:
+        rows.append(("nothing to do", "the same image is there already"))
+    restore = f"python cloud_services.py docker-load --image {_shown(image)}"
+    return Outcome(result, rows, next_command=restore)
+
+
+@command(
+    "docker-load", IMAGE,
+    Argument(
+        "--layers", action="store_true", default=None,
+        help="load what docker-export --layers stored (default: whichever is newer)",
+    ),
+    *S3,
+)  # fmt: skip
+def docker_load(args: argparse.Namespace, console: Console) -> Outcome:
+    """Load an image from docker-images/ into Docker or podman; damaged content never arrives."""
+    result = _image_store(args, console).load(_image(args), args.layers)
+    rows = [("image", printable(result.image)), ("object", printable(result.key))]
+    if result.moved:
+        rows += [("into", result.engine), *_amount(1, result.moved, result.seconds)]
+    else:
+        rows.append(("nothing to do", "the same image is here already"))
+    rows.append(("verified", result.check))
+    return Outcome(result, rows)
+
+
+@command("docker-list", *S3)
+def docker_list(args: argparse.Namespace, console: Console) -> Outcome:
+    """List the images in docker-images/: time, size, form, name."""
+    found = _image_store(args, console).list()
+    lines = [
+        f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one.mtime))}  {one.size:>12}  "
+        f"{one.form:<8}  {printable(one.image or f'{one.name}:{one.tag}')}"
+        for one in found
+    ]
+    return Outcome({"images": found}, lines=lines)
+
+
+def _image(args: argparse.Namespace) -> str:
+    image = args.image or os.environ.get("DOCKER_IMAGE") or dotenv_settings().get("DOCKER_IMAGE")
+    if not image:
+        raise UsageError("no image is named", "name one with --image, or DOCKER_IMAGE in .env")
+    return image
+
+
+def _image_store(args: argparse.Namespace, console: Console) -> ImageStore:
+    from docker_images import ImageStore
+
+    bucket = _s3(args, console).bucket
+    return ImageStore(
+        bucket, bucket.key("docker-images"), console.progress(),
+        dry_run=getattr(args, "dry_run", False),
+    )  # fmt: skip
+
+
+def _s3(args: argparse.Namespace, console: Console) -> S3Sync:
+    def approve(place: str, names: Sequence[str]) -> None:
+        for name in names[:20]:
+            console.note(f"to be removed from {printable(place)}: {printable(name)}")
+        count = "1 file" if len(names) == 1 else f"{len(names):,} files"
+        if not console.ask(f"Remove {count} from {printable(place)}?", "--yes"):
+            raise RefusedError("nothing was moved or removed", "look at it first with --dry-run")
+
+    return S3Sync(
+        args.bucket, args.prefix, args.endpoint_url, args.region, profile=args.profile,
+        max_concurrency=args.max_concurrency, limit_rate=args.limit_rate, timeout=args.timeout,
+        progress=console.progress(), dry_run=getattr(args, "dry_run", False), approve=approve,
+    )  # fmt: skip
+
+
+def _s3_sent_outcome(result: S3Sent) -> Outcome:
+    rows = [("from", printable(result.source)), ("to", printable(result.key))]
+    if result.copied:
+        rows.append(("copied", "on the server: the content was there under another name"))
+    elif not result.moved:
+        rows.append(("nothing to do", "the same content is there already"))
+    else:
+        rows += _amount(1, result.moved, result.seconds)
+    rows += [("sha256", result.sha256), ("verified", result.check)]
+    return Outcome(result, rows)
+
+
+def _s3_archive_outcome(sync: S3Sync, archive: Path | Plan, kind: str, console: Console) -> Outcome:
+    if sync.dry_run:
+        where = sync.place(sync.bucket.key(kind))
+        if isinstance(archive, Plan):
+            return _plan_outcome(archive, where)
+        return _file_outcome(archive, where)
+    result = sync.upload_archive(archive, kind)
+    _list_left_out(result.left_out, console)
+    name = posixpath.basename(result.key)
+    return dataclasses.replace(
+        _s3_sent_outcome(result),
+        next_command=f"python cloud_services.py s3-download-{kind} {_shown(name)} --extract",
+    )
+
+
+def _s3_fetched_outcome(result: S3Fetched) -> Outcome:
+    rows = [("from", printable(result.key)), ("to", printable(result.path))]
+    rows += [("passed over", printable(why)) for why in result.passed_over]
+    if result.moved:
+        rows += _amount(1, result.moved, result.seconds)
+    else:
+        rows.append(("nothing to do", "the same content is here already"))
+    if result.extracted:
+        rows.append(("unpacked in", printable(result.extracted)))
+    rows += [("sha256", result.sha256), ("verified", result.check)]
+    return Outcome(result, rows)
+
+
+def _s3_mirror_outcome(result: S3Mirrored, console: Console) -> Outcome:
+    _list_left_out(result.left_out, console)
+    rows = [("bucket", printable(result.place)), ("folder", printable(result.folder))]
+    if result.dry_run:
+        return Outcome(result, rows, _step_lines(result.steps))
+    if result.sent:
+        rows += _amount(result.sent, result.moved, result.seconds)
+    if result.unchanged:
+        rows.append(("unchanged", f"{result.unchanged:,} files"))
+    if result.deleted:
+        rows.append(("removed", f"{result.deleted:,} files"))
+    rows += [("failed", printable(failure)) for failure in result.failures]
+    rows += [("verified", check) for check in result.checks]
+    if result and not result.sent and not result.deleted:
+        rows.append(("nothing to do", "the same content is on both sides"))
+    return Outcome(result, rows, exit_code=_partial_unless(bool(result)))
+
+
+def _partial_unless(complete: bool) -> ExitCode:
+    return ExitCode.DONE if complete else ExitCode.PARTIAL
 
 
 @command(

@@ -40,13 +40,13 @@ from cloud_services import (
     CloudError,
     ConnectError,
     DiskFullError,
-    HashCache,
     HubSettings,
     IntegrityError,
     LinkLostError,
     NotFoundError,
     Progress,
     RefusedError,
+    Step,
     T,
     TransferError,
     UsageError,
@@ -65,6 +65,7 @@ from cloud_services import (
     with_retries,
     write_all,
 )
+from hash_cache import HashCache
 
 MAX_FILE_BYTES = 500_000_000_000
 MAX_PLAIN_DOWNLOAD_BYTES = 50_000_000_000
@@ -676,16 +677,6 @@ class Upload(NamedTuple):
         return known or hashes.sha256(self.source)
 
 
-class Step(NamedTuple):
-    """What is done about one file, and why."""
-
-    path: str
-    size: int
-    action: str
-    """send, keep or delete; fetch, keep or refuse."""
-    reason: str
-
-
 @dataclasses.dataclass(frozen=True)
 class UploadPlan:
     """The difference between local files and a repository at one commit."""
@@ -729,6 +720,15 @@ def compare_upload(
     return UploadPlan(tuple(sorted(steps)), commit)
 
 
+def _is_text(path: str) -> bool:
+    """Whether a name has only characters, and no bytes that are none."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def require_within_limits(uploads: Sequence[Upload], remote: Mapping[str, RemoteFile]) -> None:
     """Raise RefusedError for what the Hub never takes; warn about what it discourages."""
     folders: dict[str, int] = {}
@@ -740,13 +740,11 @@ def require_within_limits(uploads: Sequence[Upload], remote: Mapping[str, Remote
                 " up to 500 GB",
                 "split it, or leave it out with --exclude",
             )
-        try:
-            upload.path.encode()
-        except UnicodeEncodeError as error:
+        if not upload.path.isascii() and not _is_text(upload.path):
             raise UsageError(
                 f"{printable(upload.source)}: the Hub takes names in UTF-8 only",
                 "rename it, or leave it out with --exclude",
-            ) from error
+            )
     for path in paths:
         folder = path.rpartition("/")[0]
         folders[folder] = folders.get(folder, 0) + 1

@@ -143,8 +143,9 @@ def unpack_with_tar(
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test sees the caller's settings, or writes into the caller's folder."""
     shells = ("PYTHONUNBUFFERED", "PYTHONIOENCODING", "NO_COLOR", "COLUMNS")
-    foreign = ("PAPERSPACE_", "HF_", "HUGGING", *shells)
-    for variable in [name for name in os.environ if name.startswith(foreign)]:
+    foreign = ("PAPERSPACE_", "HF_", "HUGGING", "AWS_", "S3_", "CHECKPOINT", "DOCKER_", *shells)
+    own = ("S3_KILLS",)
+    for variable in [n for n in os.environ if n.startswith(foreign) and n not in own]:
         monkeypatch.delenv(variable)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     monkeypatch.chdir(tmp_path)
