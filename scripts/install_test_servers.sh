@@ -10,6 +10,8 @@ present ssh || wanted="$wanted openssh-client"
 present rsync || wanted="$wanted rsync"
 present pigz || wanted="$wanted pigz"
 present zstd || wanted="$wanted zstd"
+present podman || wanted="$wanted podman"
+present shellcheck || wanted="$wanted shellcheck"
 [ -n "$wanted" ] || exit 0
 
 if ! command -v apt-get >/dev/null 2>&1; then
