@@ -25,6 +25,7 @@ from benchmarks import (
     bench_archive,
     bench_cli,
     bench_hub,
+    bench_s3,
     bench_transfer,
     bench_upload_training,
 )
@@ -37,6 +38,7 @@ COMPARISONS: dict[str, tuple[Callable[[Bench], None], tuple[str, ...]]] = {
     "loopback": (bench_transfer.loopback, ("sshd", "scp", "rsync")),
     "link": (bench_transfer.link, ("sshd", "scp")),
     "hub": (bench_hub.run_all, ()),
+    "s3": (bench_s3.run_all, ()),
     "cli": (bench_cli.run_all, ("tar",)),
 }
 

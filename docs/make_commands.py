@@ -112,7 +112,7 @@ def _option_row(action: argparse.Action) -> tuple[str, str, str, str]:
     """One option: how it is written, what it means, and what the end of its help says of it."""
     text = (action.help or "").replace("%(prog)s", "cloud_services.py").replace("%%", "%")
     variable = default = ""
-    if match := re.search(r" \((?:([A-Z][A-Z_]+); )?default: (.+)\)$", text):
+    if match := re.search(r" \((?:([A-Z][A-Z0-9_]+); )?default: (.+)\)$", text):
         text, variable, default = text[: match.start()], match[1] or "", match[2]
     if action.required:
         default = "required"

@@ -7,12 +7,15 @@ import ast
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import io
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -20,19 +23,19 @@ from typing import cast
 import pytest
 
 import cloud_services
+import s3_transport
 import transfers
 from cloud_services import CloudError, ExitCode, build_parser
 from docs.make_commands import PAGE, exit_code_meanings, render
+from tests.conftest import files, write_file
 from tests.local_hub import LocalHub
+from tests.s3_servers import RcloneServer
 from tests.support import ROOT, workspace
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"])
-SOURCES = [
-    (ROOT / f"{name}.py").read_text("utf-8")
-    for name in ("cloud_services", "transfers", "ssh_transport", "hf_transport", "hub_cards")
-]
+SOURCES = [module.read_text("utf-8") for module in sorted(ROOT.glob("*.py"))]
 SHELL_LANGUAGES = ("sh", "bash", "powershell")
 COLUMNS = 100
 SHELL_OPERATOR = re.compile(r"[();<>|&]+")
@@ -90,14 +93,22 @@ def template(node: ast.expr) -> str:
 
 
 def error_messages() -> dict[str, int]:
-    """The message of each CloudError that the module makes, and the line where."""
+    """The message of each CloudError that the modules make, and the line where.
+
+    Tables of vendor errors hold them as `_Rule(…, Kind, message, …)`, with {words} to be filled in.
+    """
     kinds = {name for name, value in vars(cloud_services).items() if is_error_class(value)}
     found = {}
     for node in (node for source in SOURCES for node in ast.walk(ast.parse(source))):
         call = node if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
-        if call and call.args and cast("ast.Name", call.func).id in kinds:
+        maker = cast("ast.Name", call.func).id if call else ""
+        if call and call.args and maker in kinds:
             found[template(call.args[0])] = call.lineno
-    return found
+        elif call and maker == "_Rule":
+            after_kind = [isinstance(a, ast.Name) and a.id in kinds for a in call.args].index(True)
+            message = re.sub(r"{\w+}", "…", template(call.args[after_kind + 1]))
+            found[message] = call.lineno
+    return {message: line for message, line in found.items() if message != "…"}
 
 
 def is_error_class(value: object) -> bool:
@@ -144,7 +155,7 @@ def test_every_documented_command_line_parses(page: str, arguments: list[str]) -
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         try:
-            parsed = build_parser().parse_args(arguments)
+            parsed = build_parser().parse_args(["3" if word == "N" else word for word in arguments])
         except SystemExit:
             pytest.fail(f"{page}: {shlex.join(arguments)}: {errors.getvalue().splitlines()[-1]}")
     assert isinstance(parsed, argparse.Namespace)
@@ -229,11 +240,40 @@ def test_the_example_settings_are_the_settings_there_are() -> None:
     assert set(re.findall(r"^(PAPERSPACE_\w+)=", example, re.MULTILINE)) == variables
 
 
+def s3_variables() -> list[tuple[str, ...]]:
+    """The variables of each S3 setting; several mean the same."""
+    fields = dataclasses.fields(s3_transport.S3Settings)
+    named = [field.metadata["variables"] for field in fields if "variables" in field.metadata]
+    keys = [field.name for field in fields if field.name.endswith(("_key", "_key_id", "_token"))]
+    return [*named, *((f"AWS_{name.upper()}",) for name in keys)]
+
+
+def test_the_example_settings_have_every_s3_setting_once() -> None:
+    example = (ROOT / ".env.example").read_text(encoding="utf-8")
+    shown = re.findall(r"^((?:AWS|S3)_\w+)=", example, re.MULTILINE)
+    for names in s3_variables():
+        assert len(set(names) & set(shown)) == 1, names
+    assert len(shown) == len(s3_variables())
+    for name in ("ENABLE_S3_SYNC", "CHECKPOINT", "DOCKER_IMAGE"):
+        assert f"\n{name}=" in example
+
+
+def test_the_example_settings_change_nothing_before_they_are_filled_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = s3_transport.S3Settings.resolve(bucket="your-bucket")
+    (tmp_path / ".env").write_text((ROOT / ".env.example").read_text("utf-8"), "utf-8")
+    assert s3_transport.S3Settings.resolve(bucket="your-bucket") == plain
+
+
 def test_every_variable_named_in_the_docs_is_a_setting() -> None:
     fields = dataclasses.fields(cloud_services.SSHSettings)
-    variables = {field.metadata.get("variable") for field in fields}
+    variables = {field.metadata.get("variable") for field in fields} | {"AWS_CA_BUNDLE"}
+    variables |= {name for names in s3_variables() for name in names}
     for page in PAGES:
-        assert set(re.findall(r"PAPERSPACE_[A-Z]+", page.read_text("utf-8"))) <= variables
+        named = re.findall(r"PAPERSPACE_[A-Z]+|\b(?:AWS|S3)_[A-Z]\w+", page.read_text("utf-8"))
+        assert set(named) <= variables, page.name
 
 
 def test_the_list_of_secrets_in_the_guide_is_complete() -> None:
@@ -265,9 +305,15 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def python_examples(page: Path) -> list[str]:
+    """The blocks in Python of a page; those about lightning only where that is installed."""
+    there = importlib.util.find_spec("lightning") is not None
+    return [block for block in blocks(page, "python") if there or "s3_callbacks" not in block]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_python_example_compiles_and_imports_what_exists(page: Path) -> None:
-    for block in blocks(page, "python"):
+    for block in python_examples(page):
         for node in ast.walk(ast.parse(block, page.name)):
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module or "")
@@ -277,10 +323,13 @@ def test_every_python_example_compiles_and_imports_what_exists(page: Path) -> No
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_python_example_runs(
-    page: Path, hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Against folders of this machine and a local Hub: what the examples send goes there."""
+    page: Path, hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """Against folders of this machine and local servers: what the examples send goes there."""
     at_home_on(hub, tmp_path, monkeypatch)
+    if page.name == "s3.md":
+        training_with(request.getfixturevalue("bucket"), tmp_path, monkeypatch)
     storage = tmp_path / "storage"
     root = workspace(tmp_path)
     made = cloud_services.PaperspaceDownloader(workspace=root).create_results_archive(
@@ -290,7 +339,7 @@ def test_every_python_example_runs(
     (tmp_path / "results" / made.path.name).write_bytes(made.path.read_bytes())
     opened = transfers.open_store
     monkeypatch.setattr("transfers.open_store", lambda settings, _: opened(settings, "local"))
-    for block in blocks(page, "python"):
+    for block in python_examples(page):
         monkeypatch.setenv("PAPERSPACE_PATH", str(storage))
         code = block.replace("/storage/", f"{storage.as_posix()}/")
         exec(compile(code, page.name, "exec"), {})  # noqa: S102 - our own pages
@@ -326,6 +375,79 @@ def test_every_command_line_of_the_hub_guide_runs(
     assert len(lines) > 10
     for words in lines:
         assert cloud_services.main(words) == 0, words
+
+
+NEWEST = "epoch=749-step=355500-val_loss=27.5963.ckpt"
+
+
+@pytest.fixture
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RcloneServer]:
+    """The documented bucket, with a few checkpoints of an earlier day."""
+    with RcloneServer(tmp_path_factory.mktemp("s3"), "your-bucket") as server:
+        for epoch in range(1, 5):
+            name = f"epoch={epoch}-step={epoch * 500}-val_loss={30 + epoch}.0.ckpt"
+            server.put(f"piper-training/felix_mirage/checkpoints/{name}", name.encode())
+        yield server
+
+
+def training_with(server: RcloneServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be in the middle of the documented training."""
+    for name, value in server.env().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("S3_PREFIX", "piper-training/felix_mirage")
+    monkeypatch.chdir(folder)
+    for name in (
+        f"lightning_logs/version_3/checkpoints/{NEWEST}",
+        "lightning_logs/version_3/checkpoints/last.ckpt",
+    ):
+        write_file(folder / name, b"the newest weights")
+    for name in (
+        "lightning_logs/version_3/events.out.tfevents.1705334400.hostname.12345.0",
+        "lightning_logs/version_3/hparams.yaml",
+        "felix_mirage/config.json", "felix_mirage/dataset.jsonl", "felix_mirage/wavs/1.wav",
+    ):  # fmt: skip
+        write_file(folder / name, name.encode())
+    with tarfile.open(folder / "logs_version_3.tar.gz", "w:gz") as archive:
+        archive.add(folder / "lightning_logs/version_3", "lightning_logs/version_3")
+
+
+def test_every_command_line_of_the_s3_guide_runs(
+    bucket: RcloneServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the page. What watches is interrupted when it waits."""
+    workspace(tmp_path)
+    training_with(bucket, tmp_path, monkeypatch)
+    wait = time.sleep
+
+    def interrupted(seconds: float) -> None:
+        if seconds == 60:
+            raise KeyboardInterrupt
+        wait(seconds)
+
+    monkeypatch.setattr("time.sleep", interrupted)
+    lines = [words for page, words in documented_calls() if page == "s3.md"]
+    lines = [words for words in lines if not words[0].startswith("docker-")]
+    assert len({words[0] for words in lines if words[0].startswith("s3-")}) == 15
+    for words in lines:
+        assert cloud_services.main(words) == (130 if "--watch" in words else 0), words
+    below = "piper-training/felix_mirage/"
+    names = [key.removeprefix(below) for key in bucket.all_keys() if key.startswith(below)]
+    assert {name.split("/")[0] for name in names} - {".cloud_services"} == layout_folders()
+    assert f"checkpoints/{NEWEST}" in names
+    assert "checkpoints/epoch=1-step=500-val_loss=31.0.ckpt" not in names
+    assert files(tmp_path / "data/felix_mirage") == files(tmp_path / "felix_mirage")
+
+
+def layout_folders() -> set[str]:
+    """The folders of the bucket as the guide shows them, without that of the images."""
+    page = (ROOT / "docs/s3.md").read_text(encoding="utf-8")
+    return set(re.findall(r"^[├└]── ([a-z-]+)/$", page, re.MULTILINE)) - {"docker-images"}
+
+
+def test_every_script_named_in_the_docs_is_there() -> None:
+    for page in GUIDES:
+        for name in re.findall(r"\bscripts/\w+\.(?:sh|py)\b", page.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{page.name}: {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
