@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 # The project's folder must be on the path first, so that this file runs as a script.
 from benchmarks import (
     bench_archive,
+    bench_callbacks,
     bench_cli,
     bench_hub,
     bench_s3,
@@ -39,6 +40,7 @@ COMPARISONS: dict[str, tuple[Callable[[Bench], None], tuple[str, ...]]] = {
     "link": (bench_transfer.link, ("sshd", "scp")),
     "hub": (bench_hub.run_all, ()),
     "s3": (bench_s3.run_all, ()),
+    "callbacks": (bench_callbacks.run_all, ()),
     "cli": (bench_cli.run_all, ("tar",)),
 }
 
