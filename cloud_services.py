@@ -527,6 +527,13 @@ def replacing(target: Path) -> Iterator[IO[bytes]]:
                 raise
 
 
+def is_unfinished(name: str) -> bool:
+    """Whether a file name is one of part_name(), or of the journal beside such a file."""
+    return name.endswith((".part", ".journal")) and bool(
+        re.fullmatch(r"\..*\.[0-9a-f]{12}\.part(\.journal)?", name, re.DOTALL)
+    )
+
+
 def open_for_update(path: Path | str) -> IO[bytes]:
     """Open a file for reading and writing in place; it is made when missing, never shortened."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
@@ -808,8 +815,11 @@ class _Tree:
 
     def _reason_against(self, name: str, link: Path | None) -> str:
         """Why `name` stays out; `link` is its path when it may be a link. Folders were asked."""
-        if secret := secret_part(name.rpartition("/")[2]):
+        last = name.rpartition("/")[2]
+        if secret := secret_part(last):
             return f"secret: the name matches {secret}"
+        if is_unfinished(last):
+            return "unfinished: a transfer that was interrupted left it"
         for pattern in self._exclude:
             if excluded_by(name, pattern):
                 return f"excluded by {printable(pattern)}"
@@ -1383,7 +1393,7 @@ def unsafe_name(name: str) -> str:
         return "is no file name on Windows"
     if len(os.fsencode(name)) > 4096 or any(len(os.fsencode(part)) > 255 for part in parts):
         return "has too long a name"
-    if parts and re.fullmatch(r"\..*\.[0-9a-f]{12}\.part", parts[-1], re.DOTALL):
+    if parts and is_unfinished(parts[-1]):
         return "is an unfinished file"
     return ""
 

@@ -67,6 +67,7 @@ from cloud_services import (
     free_space,
     human_bytes,
     in_background,
+    is_unfinished,
     local_errors,
     lock_part,
     need,
@@ -1021,7 +1022,7 @@ def local_name(key: str, prefix: str = "") -> str:
         why = "is no file name on Windows"
     elif any(len(os.fsencode(part)) > 255 for part in parts):
         why = "has too long a name for a file"
-    elif re.fullmatch(r"\..*\.[0-9a-f]{12}\.part(\.journal)?", parts[-1], re.DOTALL):
+    elif is_unfinished(parts[-1]):
         why = "looks like an unfinished file"
     if why:
         raise RefusedError(f"the object {printable(key)!r} is left out: its key {why}")

@@ -21,6 +21,7 @@ from cloud_services import (
     Plan,
     UsageError,
     excluded_by,
+    part_name,
     plan_results,
     plan_training,
     secret_part,
@@ -437,3 +438,15 @@ def test_excluding_a_mandatory_file_is_a_usage_error(workspace: Path, pattern: s
 def test_no_pattern_breaks_the_matcher(parts: list[str], pattern: str) -> None:
     assert excluded_by("/".join(parts), pattern) in (True, False)
     assert excluded_by("/".join(parts), "*")
+
+
+@pytest.mark.parametrize("suffix", ["", ".journal"])
+def test_what_an_interrupted_transfer_left_is_no_data(workspace: Path, suffix: str) -> None:
+    unfinished = part_name("2024.csv", "anywhere") + suffix
+    write_file(workspace / "raw_data/ticks/EURUSD" / unfinished)
+    write_file(workspace / "raw_data/ticks/EURUSD/of.interest.part")
+    plan = plan_training(workspace, include_ticks=True)
+    planned = {file.name.rpartition("/")[2] for file in plan.files}
+    assert "of.interest.part" in planned
+    assert unfinished not in planned
+    assert [left.reason.partition(":")[0] for left in plan.left_out] == ["unfinished"]
