@@ -28,7 +28,6 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import dataclasses
 import enum
 import errno
 import fnmatch
@@ -58,7 +57,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 __version__ = "0.1.0"
 
@@ -97,6 +96,7 @@ RESULT_FOLDERS = ("models/checkpoints", "models/metrics", "prepared/scalers")
 LOGS_FOLDER = "models/logs"
 TRAINING_MANIFEST, RESULTS_MANIFEST = "training.sha256", "results.sha256"
 METHODS = ("scp", "rsync", "local")
+HUB_REPO_TYPES = ("dataset", "model")
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
 
 MAX_MEMBERS = 5_000_000
@@ -266,10 +266,14 @@ def need(module: str, package: str = "") -> Any:
 
 def require_installed(module: str) -> None:
     """Raise what `need` would, without the time that the import takes."""
+    if not _is_importable(module):
+        need(module)
+
+
+def _is_importable(module: str) -> bool:
     with contextlib.suppress(ImportError):
-        if importlib.util.find_spec(module) is not None:
-            return
-    need(module)
+        return importlib.util.find_spec(module) is not None
+    return False
 
 
 def dotenv_settings() -> dict[str, str]:
@@ -280,140 +284,8 @@ def dotenv_settings() -> dict[str, str]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _setting(variable: str, default: Any = None) -> Any:
-    """A dataclass field that falls back to an environment variable, then `.env`, then `default`."""
-    return dataclasses.field(default=default, metadata={"variable": variable})
-
-
-@dataclasses.dataclass(frozen=True)
-class SSHSettings:
-    """How to reach a server. None means: as ~/.ssh/config or the default says."""
-
-    host: str = _setting("PAPERSPACE_HOST", "paperspace.com")
-    path: str = _setting("PAPERSPACE_PATH", "/storage/")
-    user: str | None = _setting("PAPERSPACE_USER")
-    port: int | None = _setting("PAPERSPACE_PORT")
-    identity: str | None = _setting("PAPERSPACE_IDENTITY")
-    passphrase: str | None = dataclasses.field(
-        default=None, repr=False, metadata={"variable": "PAPERSPACE_PASSPHRASE"}
-    )
-    streams: int | None = None
-    """Parallel SFTP channels; None: as the direction and the round-trip time ask for."""
-    limit_rate: int | None = None
-    """Bytes per second, over all streams."""
-    accept_new_host_key: bool = False
-    host_key: str | None = None
-    """The expected host key's fingerprint, as ssh-keygen -l prints it: SHA256:…"""
-    timeout: float = STALL_SECONDS
-    """Seconds without any sign of life after which the link counts as dead."""
-    ask_passphrase: Callable[[str], str] | None = dataclasses.field(default=None, repr=False)
-    """Called with a key's path when it is encrypted and no agent holds it."""
-
-    @classmethod
-    def resolve(cls, **given: Any) -> SSHSettings:
-        """Settings from `given` arguments, then the environment, then `.env`, then defaults."""
-        values = _resolved(cls, given)
-        if "@" in (host := str(values.get("host", ""))):
-            user, values["host"] = host.rsplit("@", 1)
-            values["user"] = given.get("user") or user
-        if "port" in values:
-            values["port"] = _port(values["port"])
-        return cls(**values)
-
-    def __post_init__(self) -> None:
-        for name, value in (("host", self.host), ("user", self.user)):
-            if value is not None and not re.fullmatch(r"[\w.:%+][\w.:%+@$-]*", value):
-                raise UsageError(
-                    f"{printable(value)!r} is no valid {name} name",
-                    f"use --{name} with a plain name, such as gpu.example.com",
-                )
-        if self.host_key is not None and not self.host_key.startswith("SHA256:"):
-            raise UsageError(
-                f"--host-key takes SHA256:…, not {printable(self.host_key)!r}",
-                "ask the server's owner for: ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub",
-            )
-        if not self.path:
-            raise UsageError("--path is empty", "use --path /storage/")
-
-
-@dataclasses.dataclass(frozen=True)
-class HubSettings:
-    """Which repository on the Hugging Face Hub, and who asks for it."""
-
-    repo_id: str
-    repo_type: str = "dataset"
-    token: str | None = dataclasses.field(
-        default=None, repr=False, metadata={"variable": "HF_TOKEN"}
-    )
-    endpoint: str = _setting("HF_ENDPOINT", "https://huggingface.co")
-    revision: str = "main"
-    """A branch; for downloads also a tag or a commit."""
-    timeout: float = STALL_SECONDS
-    """Seconds without a byte after which a request counts as dead."""
-
-    @classmethod
-    def resolve(cls, **given: Any) -> HubSettings:
-        """Settings from `given` arguments, then the environment, `.env`, the stored login."""
-        values = _resolved(cls, given)
-        values["token"] = values.get("token") or _stored_hub_token()
-        return cls(**values)
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", self.repo_id, re.ASCII) or re.search(
-            r"\.\.|--|(^|/)[.-]|[.-](/|$)|\.git$", self.repo_id
-        ):
-            raise UsageError(
-                f"{printable(self.repo_id)!r} is no repository id",
-                "write it as username/dataset-name",
-            )
-        if self.repo_type not in HUB_REPO_TYPES:
-            raise UsageError(f"--repo-type is one of {', '.join(HUB_REPO_TYPES)}")
-        if self.token is not None and not re.fullmatch(r"[\x21-\x7e]+", self.token):
-            raise AccessError(
-                "the Hugging Face token holds characters that no token has",
-                "copy it again from your Hugging Face settings",
-            )
-        if not _is_web_address(self.endpoint):
-            raise AccessError(
-                "HF_ENDPOINT is no http address of a Hub",
-                "unset HF_ENDPOINT, or set it to https://host",
-            )
-
-
-def _is_web_address(text: str) -> bool:
-    """Whether it names a host over http, with a port at most: no login, no oddities."""
-    return bool(re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[\w./-]*)?", text))
-
-
-HUB_REPO_TYPES = ("dataset", "model")
-
-
-def _stored_hub_token() -> str | None:
-    """The token that `hf auth login` stored."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"),
-        "huggingface",
-    )
-    path = os.environ.get("HF_TOKEN_PATH") or os.path.join(os.path.expanduser(home), "token")
-    with contextlib.suppress(OSError):
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip() or None
-    return None
-
-
-def _resolved(settings: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given values, and for the others what the environment or `.env` say."""
-    values = {name: value for name, value in given.items() if value is not None}
-    dotenv = dotenv_settings()
-    for field in dataclasses.fields(settings):
-        variable = field.metadata.get("variable")
-        if variable and field.name not in values:
-            value = os.environ.get(variable) or dotenv.get(variable)
-            if value:
-                values[field.name] = value.strip()
-    return values
-
-
-def _port(text: object) -> int:
+def port_number(text: object) -> int:
+    """A TCP port; UsageError for what is none."""
     if str(text).isdecimal() and 0 < int(str(text)) < 65536:
         return int(str(text))
     raise UsageError(f"{printable(text)!r} is no port number", "use --port 22")
@@ -589,6 +461,12 @@ def human_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def amount_rows(files: int, size: int, seconds: float) -> list[tuple[str, str]]:
+    """How a person reads what was moved: labels and values."""
+    rate = human_bytes(size / max(seconds, 1e-9))
+    return [("files", f"{files:,}"), ("bytes", f"{size:,}"), ("time", f"{seconds:.1f} s, {rate}/s")]
+
+
 def read_blocks(stream: IO[bytes], size: int = PACK_BLOCK_BYTES) -> Iterator[bytes]:
     """The rest of `stream` in blocks of `size` bytes; only the last may be shorter."""
     return iter(functools.partial(stream.read, size), b"")
@@ -649,8 +527,7 @@ class Step(NamedTuple):
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What would be packed, sorted, with a reason for everything left out. Nothing is read yet."""
 
     files: tuple[PlannedFile, ...]
@@ -696,17 +573,21 @@ def plan_results(workspace: str | Path = "workspace", exclude: Sequence[str] = (
 
     Raises NotFoundError when the workspace is missing or holds none of them.
     """
-    tree = _Tree(Path(workspace), tuple(exclude))
+    tree = _results_tree(Path(workspace), tuple(exclude))
+    tree.add_folder(LOGS_FOLDER)
+    return tree.plan(RESULTS_MANIFEST)
+
+
+def _results_tree(workspace: Path, exclude: tuple[str, ...]) -> _Tree:
+    tree = _Tree(workspace, exclude)
     for folder in RESULT_FOLDERS:
-        if not tree.add_folder(folder):
-            tree.left_out.append(LeftOut(f"workspace/{folder}", "not there, or nothing in it"))
+        tree.add_optional(folder)
     if not tree.files:
         raise NotFoundError(
             f"{printable(workspace)} holds no results: {', '.join(RESULT_FOLDERS)} are empty",
             "train first, or name another folder with --workspace",
         )
-    tree.add_folder(LOGS_FOLDER)
-    return tree.plan(RESULTS_MANIFEST)
+    return tree
 
 
 def plan_folder(folder: str | Path, flag: str, exclude: Sequence[str] = ()) -> Plan:
@@ -721,7 +602,14 @@ def plan_folder(folder: str | Path, flag: str, exclude: Sequence[str] = ()) -> P
         )
     plan = tree.plan("")
     left_out = (LeftOut(name.removeprefix("workspace/"), why) for name, why in plan.left_out)
-    return dataclasses.replace(plan, left_out=tuple(left_out))
+    return plan._replace(left_out=tuple(left_out))
+
+
+def files_below(folder: Path, exclude: Sequence[str] = ()) -> list[PlannedFile]:
+    """The files of a folder that would be sent; none is an answer, too."""
+    tree = _Tree(folder, tuple(exclude), "folder", "--local-dir")
+    tree.add_folder("")
+    return tree.files
 
 
 class _Tree:
@@ -763,6 +651,11 @@ class _Tree:
         if path.is_dir() and not self._left_out(folder, path):
             self._walk(folder, str(path), (os.path.realpath(path),))
         return len(self.files) > before
+
+    def add_optional(self, folder: str) -> None:
+        """Add every file below `folder`, or note that there is none."""
+        if not self.add_folder(folder):
+            self.left_out.append(LeftOut(f"workspace/{folder}", "not there, or nothing in it"))
 
     def plan(self, manifest: str) -> Plan:
         files = sorted(self.files, key=lambda file: os.fsencode(file.name))
@@ -880,8 +773,7 @@ class Packed(NamedTuple):
     sha256: str
 
 
-@dataclasses.dataclass(frozen=True)
-class ArchiveResult:
+class ArchiveResult(NamedTuple):
     """A finished archive on this machine."""
 
     path: Path
@@ -1137,8 +1029,7 @@ class Member(NamedTuple):
     sha256: str
 
 
-@dataclasses.dataclass(frozen=True)
-class ArchiveCheck:
+class ArchiveCheck(NamedTuple):
     """A verified archive, and where it was unpacked, if it was."""
 
     path: Path
@@ -1155,8 +1046,7 @@ class ArchiveCheck:
         return True
 
 
-@dataclasses.dataclass
-class Contents:
+class Contents(NamedTuple):
     """What a full reading of an archive found; it went through every check that needs no disk."""
 
     members: list[Member]
@@ -1217,24 +1107,26 @@ def inspect_archive(stream: IO[bytes], path: Path, progress: Progress) -> Conten
     """Read the archive in `stream` once, to its end, and refuse everything that is not ours."""
     progress.begin("verifying", os.fstat(stream.fileno()).st_size)
     hashed = _HashedReader(stream, progress.advance)
-    contents = Contents([], [], "", 0, None)
+    members: list[Member] = []
+    folders: list[str] = []
     manifest: dict[str, str] | None = None
+    manifest_name = None
     try:
         with _archive_errors(path):
             for info, blocks in _members(hashed, path):
                 name = _safe_name(info, path)
                 if info.isdir():
-                    contents.folders.append(name)
+                    folders.append(name)
                     continue
                 if name in (TRAINING_MANIFEST, RESULTS_MANIFEST):
                     content = b"".join(blocks)
-                    manifest, contents.manifest = parse_manifest(content), name
-                    contents.members.append(_read_member(info, name, iter((content,))))
-                else:
-                    contents.members.append(_read_member(info, name, blocks))
+                    manifest, manifest_name = parse_manifest(content), name
+                    blocks = iter((content,))  # noqa: PLW2901 - read already
+                members.append(_read_member(info, name, blocks))
     finally:
         progress.end()
-    contents.sha256, contents.archive_bytes = hashed.sha256.hexdigest(), hashed.size
+    digest = hashed.sha256.hexdigest()
+    contents = Contents(members, folders, digest, hashed.size, manifest_name)
     _require_distinct(contents, path)
     if manifest is not None:
         _compare_manifest(contents, manifest, path)
@@ -1524,11 +1416,12 @@ def _write_members(
 # ── Paperspace ───────────────────────────────────────────────────────────────────────────────────
 
 if TYPE_CHECKING:
+    from cloud_settings import SSHSettings
     from transfers import Fetcher, FileInfo, Moved, Sender, Source, Store
 
 SATELLITES = (
-    "transfers", "ssh_transport", "hash_cache", "hf_transport", "hub_cards", "s3_transport",
-    "s3_mirror", "s3_checkpoints", "docker_images",
+    "cloud_settings", "transfers", "ssh_transport", "hash_cache", "hf_transport", "hub_sync",
+    "hub_cards", "s3_transport", "s3_mirror", "s3_checkpoints", "s3_results", "docker_images",
 )  # fmt: skip
 """Modules beside this one, imported by the methods that need them."""
 
@@ -1539,8 +1432,7 @@ def list_hint(path: str) -> str:
     return f"python cloud_services.py list-remote-files --path {shlex.quote(folder)}"
 
 
-@dataclasses.dataclass(frozen=True)
-class TransferResult:
+class TransferResult(NamedTuple):
     """One file that arrived and was verified. `moved` counts the bytes of this run alone."""
 
     source: str
@@ -1558,8 +1450,7 @@ class TransferResult:
         return True
 
 
-@dataclasses.dataclass(frozen=True)
-class DownloadResult:
+class DownloadResult(NamedTuple):
     """What a download brought; true when nothing failed."""
 
     files: tuple[TransferResult, ...]
@@ -1610,6 +1501,8 @@ class _Paperspace:
         accept_new_host_key, host_key, passphrase. What is not given comes from PAPERSPACE_HOST,
         PAPERSPACE_PATH, … in the environment or `.env`. Raises UsageError for unusable values.
         """
+        from cloud_settings import SSHSettings
+
         self.settings = SSHSettings.resolve(host=host, path=path, user=user, **settings)
         self.workspace = Path(workspace)
         self.progress = progress or Progress()
@@ -1850,9 +1743,8 @@ class PaperspaceDownloader(_Paperspace):
 # ── Hugging Face ─────────────────────────────────────────────────────────────────────────────────
 
 if TYPE_CHECKING:
-    from hash_cache import HashCache
-    from hf_transport import Download, HubRepo, RemoteFile, Upload, UploadPlan
-    from hub_cards import CardConfig
+    from hf_transport import UploadPlan
+    from hub_sync import HubDownloadResult, HubUploadResult
 
 FEATURES_FOLDER, SCALERS_FOLDER = "prepared/features", "prepared/scalers"
 ANALYSIS_FILES = (
@@ -1862,16 +1754,16 @@ ANALYSIS_FILES = (
 ANALYSIS_FOLDERS = ("plots/distributions", "plots/by_class")
 
 
-@dataclasses.dataclass(frozen=True)
-class HubKind:
+class HubKind(NamedTuple):
     """One kind of data on the Hub: the folders it owns there, and where they belong here.
 
     `places` maps a folder of the repository to one below the local folder; it is the layout that
-    existing repositories have.
+    existing repositories have. All of them are below `root`.
     """
 
     name: str
     title: str
+    root: str
     places: tuple[tuple[str, str], ...]
 
     def local_name(self, path: str) -> str | None:
@@ -1882,83 +1774,18 @@ class HubKind:
         return None
 
 
-HUB_TICKS = HubKind("ticks", "Tick data", (("ticks/", ""),))
-HUB_TRAINING = HubKind("training", "Training data", (("workspace/", ""),))
-HUB_FEATURES = HubKind("features", "Feature analysis", (("analysis-of-features/", ""),))
+HUB_TICKS = HubKind("ticks", "Tick data", "ticks/", (("ticks/", ""),))
+HUB_TRAINING = HubKind("training", "Training data", "workspace/", (("workspace/", ""),))
+HUB_FEATURES = HubKind(
+    "features", "Feature analysis", "analysis-of-features/", (("analysis-of-features/", ""),)
+)
 HUB_RESULTS = HubKind(
-    "results", "Models, metrics and scalers",
+    "results", "Models, metrics and scalers", "workspace/",
     (("workspace/models/", "models/"), ("workspace/prepared/scalers/", "prepared/scalers/")),
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class HubUploadResult:
-    """What an upload found and did; `commit` is where it can be seen."""
-
-    repo_id: str
-    url: str
-    commit: str
-    restore: str
-    """The command line that fetches it."""
-    steps: tuple[Step, ...]
-    commits: int = 0
-    sent_files: int = 0
-    sent_bytes: int = 0
-    deleted: int = 0
-    left_out: tuple[LeftOut, ...] = ()
-    dry_run: bool = False
-    seconds: float = 0.0
-
-    def __bool__(self) -> bool:
-        return True
-
-
-@dataclasses.dataclass(frozen=True)
-class HubDownloadResult:
-    """What a download found and did; true when everything is here as it is on the Hub."""
-
-    repo_id: str
-    commit: str
-    local_dir: Path
-    steps: tuple[Step, ...]
-    fetched_files: int = 0
-    moved: int = 0
-    """Bytes of this run alone."""
-    failures: tuple[str, ...] = ()
-    dry_run: bool = False
-    compared_only: bool = False
-    seconds: float = 0.0
-
-    def __bool__(self) -> bool:
-        return not self.failures
-
-
-class _HuggingFace:
-    """What uploads and downloads share: one repository, and the digests of local files."""
-
-    def __init__(
-        self, repo_id: str, token: str | None, repo_type: str, revision: str | None,
-        progress: Progress | None, settings: dict[str, Any],
-    ) -> None:  # fmt: skip
-        from hf_transport import HubRepo
-
-        self.settings = HubSettings.resolve(
-            repo_id=repo_id, token=token, repo_type=repo_type, revision=revision, **settings
-        )
-        self.progress = progress or Progress()
-        self._repo: HubRepo = HubRepo(self.settings)
-
-
-class _Seen(NamedTuple):
-    """A repository at one commit."""
-
-    commit: str
-    files: Mapping[str, RemoteFile]
-    tags: Mapping[str, str]
-    """Name → commit; only asked for when a tag is to be made."""
-
-
-class HuggingFaceUploader(_HuggingFace):
+class HuggingFaceUploader:
     """Brings ticks, training data, feature analyses and results to a repository on the Hub.
 
     Each upload is a plan, then commits of what is new or changed, then a comparison of every file.
@@ -1981,51 +1808,50 @@ class HuggingFaceUploader(_HuggingFace):
         settings: fields of HubSettings (endpoint, timeout). Raises MissingPackageError, UsageError.
         """
         require_installed("huggingface_hub")
-        super().__init__(repo_id, token, repo_type, revision, progress, settings)
-        self.private, self.create, self.tag = private, create, tag
-        self.exclude, self.delete, self.parquet = tuple(exclude), delete, parquet
-        self.card, self.dry_run = card, dry_run
-        self.workspace = Path(workspace)
-        self._approve = approve
+        from cloud_settings import HubSettings
+        from hub_sync import HubSender
+
+        self.settings = HubSettings.resolve(
+            repo_id=repo_id, token=token, repo_type=repo_type, revision=revision, **settings
+        )
+        self.workspace, self.exclude = Path(workspace), tuple(exclude)
+        self._sender = HubSender(
+            self.settings, private, create, tag, self.exclude, delete, parquet, card, dry_run,
+            progress or Progress(), approve,
+        )  # fmt: skip
 
     def upload_hf_ticks(
         self, ticks_dir: str | Path = "workspace/raw_data/ticks",
         commit_message: str = "Upload tick data",
     ) -> HubUploadResult:  # fmt: skip
         """Send the tick files below `ticks_dir` to the folder ticks/."""
-        looking = in_background(self._look)
-        plan = plan_folder(ticks_dir, "--ticks-dir", self.exclude)
-        suffix = self._table_suffix(plan)
-        splits = {"train": f"ticks/**/*{suffix}"} if suffix else {}
-        configs = functools.partial(_default_config, splits)
-        return self._upload(HUB_TICKS, plan, looking, "ticks/", commit_message, configs)
+        return self._sender.send(
+            HUB_TICKS, lambda: plan_folder(ticks_dir, "--ticks-dir", self.exclude), commit_message
+        )
 
     def upload_hf_training_data(
         self, include_scalers: bool = True, include_cache: bool = False,
         commit_message: str = "Upload training data",
     ) -> HubUploadResult:  # fmt: skip
         """Send the three feature files, and scalers and caches, to the folder workspace/."""
-        looking = in_background(self._look)
-        tree = _Tree(self.workspace, self.exclude)
-        for name in FEATURE_FILES:
-            tree.add_required(name)
-        if include_scalers and not tree.add_folder(SCALERS_FOLDER):
-            tree.left_out.append(LeftOut(f"workspace/{SCALERS_FOLDER}", "not there, or empty"))
-        if include_cache and not tree.add_folder(CACHE_FOLDER):
-            raise NotFoundError(
-                f"{printable(self.workspace / CACHE_FOLDER)} holds no files to include",
-                "fill the folder, or leave out --include-cache",
-            )
-        splits = zip(("train", "validation", "test"), FEATURE_FILES, strict=True)
-        configs = functools.partial(
-            _default_config, {split: f"workspace/{name}" for split, name in splits}
-        )
+
+        def plan() -> Plan:
+            tree = _Tree(self.workspace, self.exclude)
+            for name in FEATURE_FILES:
+                tree.add_required(name)
+            if include_scalers:
+                tree.add_optional(SCALERS_FOLDER)
+            if include_cache and not tree.add_folder(CACHE_FOLDER):
+                raise NotFoundError(
+                    f"{printable(self.workspace / CACHE_FOLDER)} holds no files to include",
+                    "fill the folder, or leave out --include-cache",
+                )
+            return tree.plan("")
+
         folders = [FEATURES_FOLDER]
         folders += [SCALERS_FOLDER] * include_scalers + [CACHE_FOLDER] * include_cache
-        return self._upload(
-            HUB_TRAINING, tree.plan(""), looking, "workspace/", commit_message, configs,
-            tuple(f"workspace/{folder}/" for folder in folders),
-        )  # fmt: skip
+        owned = tuple(f"workspace/{folder}/" for folder in folders)
+        return self._sender.send(HUB_TRAINING, plan, commit_message, owned)
 
     def upload_hf_feature_analysis(
         self, analysis_dir: str | Path = "workspace/analysis-of-features",
@@ -2035,243 +1861,26 @@ class HuggingFaceUploader(_HuggingFace):
 
         Expected files that are missing are warned about; when there is none, it is NotFoundError.
         """
-        looking = in_background(self._look)
-        plan = plan_folder(analysis_dir, "--analysis-dir", self.exclude)
-        names = {file.below for file in plan.files}
-        _require_analysis(names, analysis_dir)
-        suffix = self._table_suffix(plan)
-        tables = sorted(name.removesuffix(".csv") for name in names if name.endswith(".csv"))
-        paths = [f"analysis-of-features/{table}{suffix}" for table in tables]
-        configs = functools.partial(_config_per_table, paths)
-        return self._upload(
-            HUB_FEATURES, plan, looking, "analysis-of-features/", commit_message, configs
-        )
+
+        def plan() -> Plan:
+            found = plan_folder(analysis_dir, "--analysis-dir", self.exclude)
+            _require_analysis({file.below for file in found.files}, analysis_dir)
+            return found
+
+        return self._sender.send(HUB_FEATURES, plan, commit_message)
 
     def upload_hf_results(self, commit_message: str = "Upload training results") -> HubUploadResult:
         """Send checkpoints, metrics and scalers to the folder workspace/ of a models repository."""
-        looking = in_background(self._look)
-        tree = _Tree(self.workspace, self.exclude)
-        for folder in RESULT_FOLDERS:
-            if not tree.add_folder(folder):
-                tree.left_out.append(LeftOut(f"workspace/{folder}", "not there, or empty"))
-        if not tree.files:
-            raise NotFoundError(
-                f"{printable(self.workspace)} holds no results: {', '.join(RESULT_FOLDERS)}",
-                "train first, or name another folder with --workspace",
-            )
         owned = tuple(f"workspace/{folder}/" for folder in RESULT_FOLDERS)
-        return self._upload(
-            HUB_RESULTS, tree.plan(""), looking, "workspace/", commit_message, list, owned
-        )
+        return self._sender.send(
+            HUB_RESULTS, lambda: _results_tree(self.workspace, self.exclude).plan(""),
+            commit_message, owned,
+        )  # fmt: skip
 
     upload_ticks = upload_hf_ticks
     upload_training_data = upload_hf_training_data
     upload_feature_analysis = upload_hf_feature_analysis
     upload_results = upload_hf_results
-
-    def _table_suffix(self, plan: Plan) -> str:
-        """How the names of the tables on the Hub end; empty: there are none."""
-        names = [file.name for file in plan.files]
-        if self.parquet and any(name.endswith(".csv") for name in names):
-            return ".parquet"
-        return next((s for s in (".csv", ".parquet") if any(n.endswith(s) for n in names)), "")
-
-    def _upload(
-        self, kind: HubKind, plan: Plan, looking: Future[_Seen], root: str, message: str,
-        configs: Callable[[], list[CardConfig]], owned: tuple[str, ...] = (),
-    ) -> HubUploadResult:  # fmt: skip
-        """Compare, send and verify one kind of data; `owned` are the folders --delete may empty."""
-        from hash_cache import open_hash_cache
-        from hf_transport import UploadRun, compare_upload, hash_ahead, require_within_limits
-
-        started = time.monotonic()
-        plan = _without_cache_folders(plan)
-        with open_hash_cache() as hashes:
-            hashes.load(plan.workspace)
-            uploads = self._uploads(plan, root, hashes)
-            if not self.dry_run:
-                hash_ahead(uploads, hashes)
-            seen = looking.result()
-            require_within_limits(uploads, seen.files)
-            goes = self._deletable(plan, owned or (root,))
-            steps = compare_upload(uploads, seen.files, hashes, seen.commit, goes)
-            busy = bool(steps.paths("send") or steps.paths("delete"))
-            self._require_free_tag(seen, busy)
-            result = HubUploadResult(
-                self.settings.repo_id, self._repo.url, steps.commit,
-                _hub_restore(kind.name, self.settings), steps.steps,
-                left_out=plan.left_out, dry_run=self.dry_run, seconds=time.monotonic() - started,
-            )  # fmt: skip
-            if self.dry_run:
-                return result
-            if self._approve is not None:
-                self._approve(steps)
-            if not seen.commit:
-                seen = self._create()
-                steps = compare_upload(uploads, seen.files, hashes, seen.commit, goes)
-                busy = bool(steps.paths("send"))
-            wants_card = self.card and (busy or "README.md" not in seen.files)
-            make_card = functools.partial(self._card, kind, uploads, configs, hashes)
-            run = UploadRun(
-                self._repo, uploads, hashes, message, make_card if wants_card else None,
-                self.progress,
-            )  # fmt: skip
-            commit = seen.commit
-            if busy or wants_card:
-                commit = run.carry_out(steps, seen.files)
-                run.verify(commit)
-            if self.tag and self.tag not in seen.tags:
-                self._repo.call("create_tag", tag=self.tag, revision=commit, exist_ok=True)
-        return dataclasses.replace(
-            result, commit=commit, commits=len(run.commits), sent_files=run.sent_files,
-            sent_bytes=run.sent_bytes, deleted=len(steps.paths("delete")),
-            seconds=time.monotonic() - started,
-        )  # fmt: skip
-
-    def _uploads(self, plan: Plan, root: str, hashes: HashCache) -> list[Upload]:
-        from hf_transport import Upload
-
-        uploads = []
-        for file in plan.files:
-            below = file.below
-            if self.parquet and below.endswith(".csv") and root != "workspace/":
-                uploads += self._parquet_twin(file, root, hashes)
-            else:
-                source = os.path.join(file.workspace, below)
-                uploads.append(Upload(root + below, source, *file[2:]))
-        return uploads
-
-    def _parquet_twin(self, file: PlannedFile, root: str, hashes: HashCache) -> list[Upload]:
-        """The parquet and schema of a CSV; made anew only when the CSV has other content."""
-        from hf_transport import Upload
-        from hub_cards import parquet_twin
-
-        name = posixpath.basename(file.below).removesuffix(".csv")
-        content = hashes.sha256(file.source)
-        folder = cache_folder() / "parquet" / content[:2] / content
-        paths = [folder / f"{name}.schema.json", folder / f"{name}.parquet"]
-        if not all(path.is_file() for path in paths):
-            parquet_twin(Path(file.source), folder, name, self.progress)
-        stem = root + file.below.removesuffix(".csv")
-        found = []
-        for path in paths:
-            status = path.stat()
-            suffix = path.name.removeprefix(name)
-            state = (status.st_size, status.st_mtime_ns, status.st_ino)
-            found.append(Upload(stem + suffix, str(path), *state))
-        return found
-
-    def _deletable(self, plan: Plan, owned: tuple[str, ...]) -> Callable[[str], bool]:
-        """Which files of the repository --delete may remove: ours, and not those left out here."""
-        left_out = {file.name.removeprefix("workspace/") for file in plan.left_out}
-
-        def goes(path: str) -> bool:
-            root = next((folder for folder in owned if path.startswith(folder)), None)
-            if not self.delete or root is None:
-                return False
-            below = path.removeprefix("workspace/" if root.startswith("workspace/") else root)
-            excluded = any(excluded_by(below, pattern) for pattern in self.exclude)
-            ours = not secret_part(below) and posixpath.basename(below) != ".gitkeep"
-            return ours and not excluded and below not in left_out
-
-        return goes
-
-    def _look(self) -> _Seen:
-        """What the repository holds; nothing, when it or the branch has to be made."""
-        if not self.settings.token:
-            raise AccessError(
-                "an upload needs a Hugging Face token",
-                f"make one at {self.settings.endpoint}/settings/tokens: export HF_TOKEN=…",
-            )
-        try:
-            private = self._repo.is_private()
-            if self.private and not private:
-                raise RefusedError(
-                    f"{self.settings.repo_id} is public; --private is for a new repository",
-                    "make it private in its settings on the Hub, or leave out --private",
-                )
-            self._repo.require_writable()
-            commit = self._repo.head()
-        except NotFoundError:
-            if not self.create:
-                raise
-            return _Seen("", {}, {})
-        if self.private is False and private:
-            log.warning(
-                "%s is private and stays so: --public is for a new repository", self._repo.name
-            )
-        return _Seen(commit, self._repo.files(commit), self._repo.tags() if self.tag else {})
-
-    def _require_free_tag(self, seen: _Seen, busy: bool) -> None:
-        """A tag may name the commit that is there already, not one that is about to be left."""
-        named = seen.tags.get(self.tag or "")
-        if named and (busy or named != seen.commit):
-            raise RefusedError(
-                f"the tag {printable(self.tag)} names another commit of {self._repo.name}",
-                "choose another --tag",
-            )
-
-    def _create(self) -> _Seen:
-        """Make the repository, a private one unless asked otherwise, and the branch."""
-        self._repo.call("create_repo", private=self.private is not False, exist_ok=True)
-        if self.settings.revision != "main":
-            self._repo.call("create_branch", branch=self.settings.revision, exist_ok=True)
-        commit = self._repo.head()
-        return _Seen(commit, self._repo.files(commit), {})
-
-    def _card(
-        self, kind: HubKind, uploads: Sequence[Upload],
-        configs: Callable[[], list[CardConfig]], hashes: HashCache, existing: str | None,
-    ) -> str:  # fmt: skip
-        """README.md with what was sent, around the prose that is in the existing one."""
-        from hub_cards import CardFile, merged_card
-
-        files = [CardFile(u.path, u.size, u.sha256(hashes)) for u in uploads]
-        repo_id = self.settings.repo_id
-        return merged_card(
-            existing, title=f"{kind.title}: {repo_id.partition('/')[2]}",
-            summary=f"{kind.title} sent by cloud_services.",
-            configs=configs(), files=files, section=kind.name,
-            restore=_hub_restore(kind.name, self.settings),
-        )  # fmt: skip
-
-
-def _default_config(splits: Mapping[str, str]) -> list[CardConfig]:
-    from hub_cards import CardConfig
-
-    return [CardConfig("default", splits)] if splits else []
-
-
-def _config_per_table(paths: Sequence[str]) -> list[CardConfig]:
-    from hub_cards import csv_configs
-
-    return csv_configs(paths)
-
-
-def _without_cache_folders(plan: Plan) -> Plan:
-    """The plan without .cache folders, which `hf download` makes and the Hub takes from nobody."""
-    if not any(".cache" in file.name for file in plan.files):
-        return plan
-    files = [file for file in plan.files if ".cache" not in file.below.split("/")]
-    taken = set(files)
-    left_out = [
-        LeftOut(file.below, "the Hub takes no .cache folders")
-        for file in plan.files
-        if file not in taken
-    ]
-    return dataclasses.replace(
-        plan, files=tuple(files), left_out=tuple(sorted([*plan.left_out, *left_out]))
-    )
-
-
-def _hub_restore(kind: str, settings: HubSettings) -> str:
-    """The command line that fetches what an upload sent."""
-    words = [f"python cloud_services.py hf-download-{kind} --repo-id {settings.repo_id}"]
-    if settings.revision != "main":
-        words.append(f"--revision {shlex.quote(settings.revision)}")
-    if kind == HUB_RESULTS.name and settings.repo_type != "model":
-        words.append(f"--repo-type {settings.repo_type}")
-    return " ".join(words)
 
 
 def _require_analysis(names: set[str], folder: str | Path) -> None:
@@ -2287,7 +1896,7 @@ def _require_analysis(names: set[str], folder: str | Path) -> None:
         log.warning("the feature analysis lacks %s", ", ".join(missing))
 
 
-class HuggingFaceDownloader(_HuggingFace):
+class HuggingFaceDownloader:
     """Brings ticks, training data, feature analyses and results back from the Hub.
 
     Everything comes from one commit; each file is verified before it gets its name, and one that
@@ -2306,114 +1915,41 @@ class HuggingFaceDownloader(_HuggingFace):
         include, exclude: patterns as for `Plan`s, relative to the local folder. verify: compare
         only, fetch nothing. settings: fields of HubSettings (endpoint, timeout).
         """
-        super().__init__(repo_id, token, repo_type, revision, progress, settings)
-        self.include, self.exclude = tuple(include), tuple(exclude)
-        self.force, self.verify, self.dry_run = force, verify, dry_run
+        from cloud_settings import HubSettings
+        from hub_sync import HubReceiver
+
+        self.settings = HubSettings.resolve(
+            repo_id=repo_id, token=token, repo_type=repo_type, revision=revision, **settings
+        )
+        self._receiver = HubReceiver(
+            self.settings, tuple(include), tuple(exclude), force, verify, dry_run,
+            progress or Progress(),
+        )  # fmt: skip
 
     def download_hf_ticks(
         self, local_dir: str | Path = "workspace/raw_data/ticks"
     ) -> HubDownloadResult:
         """Fetch the folder ticks/ into `local_dir`."""
-        return self._download(HUB_TICKS, Path(local_dir))
+        return self._receiver.receive(HUB_TICKS, Path(local_dir))
 
     def download_hf_training_data(self, local_dir: str | Path = "workspace") -> HubDownloadResult:
         """Fetch the folder workspace/ into `local_dir`."""
-        return self._download(HUB_TRAINING, Path(local_dir))
+        return self._receiver.receive(HUB_TRAINING, Path(local_dir))
 
     def download_hf_feature_analysis(
         self, local_dir: str | Path = "workspace/analysis-of-features"
     ) -> HubDownloadResult:
         """Fetch the folder analysis-of-features/ into `local_dir`."""
-        return self._download(HUB_FEATURES, Path(local_dir))
+        return self._receiver.receive(HUB_FEATURES, Path(local_dir))
 
     def download_hf_results(self, local_dir: str | Path = "workspace") -> HubDownloadResult:
         """Fetch checkpoints, metrics and scalers into `local_dir`."""
-        return self._download(HUB_RESULTS, Path(local_dir))
+        return self._receiver.receive(HUB_RESULTS, Path(local_dir))
 
     download_ticks = download_hf_ticks
     download_training_data = download_hf_training_data
     download_feature_analysis = download_hf_feature_analysis
     download_results = download_hf_results
-
-    def _download(self, kind: HubKind, folder: Path) -> HubDownloadResult:
-        from hash_cache import open_hash_cache
-        from hf_transport import Fetcher, compare_download
-
-        started = time.monotonic()
-        commit = self._repo.head()
-        downloads = self._wanted(kind, folder, self._repo.files(commit))
-        with open_hash_cache() as hashes:
-            hashes.load(folder)
-            steps = compare_download(downloads, hashes, self.force)
-            result = HubDownloadResult(
-                self.settings.repo_id, commit, folder, tuple(steps), dry_run=self.dry_run,
-                seconds=time.monotonic() - started,
-            )  # fmt: skip
-            if self.verify:
-                wrong = [f"{s.path}: {_difference(s)}" for s in steps if s.action != "keep"]
-                return dataclasses.replace(result, failures=tuple(wrong), compared_only=True)
-            if self.dry_run:
-                return result
-            _require_no_local_change(steps, folder)
-            fetcher = Fetcher(self._repo, commit, hashes, self.progress)
-            todo = [d for d, s in zip(downloads, steps, strict=True) if s.action == "fetch"]
-            fetcher.fetch(todo)
-        if fetcher.failures and (len(todo) == 1 or len(fetcher.failures) == len(todo)):
-            raise fetcher.failures[0][1]
-        return dataclasses.replace(
-            result, fetched_files=len(todo) - len(fetcher.failures), moved=fetcher.moved,
-            failures=tuple(f"{d.remote.path}: {error}" for d, error in fetcher.failures),
-            seconds=time.monotonic() - started,
-        )  # fmt: skip
-
-    def _wanted(
-        self, kind: HubKind, folder: Path, remote: Mapping[str, RemoteFile]
-    ) -> list[Download]:
-        """The files of this kind that the patterns let through, each with its place here."""
-        from hf_transport import Download
-
-        wanted: dict[str, Download] = {}
-        for path, file in sorted(remote.items()):
-            name = kind.local_name(path)
-            if not name or not self._let_through(name):
-                continue
-            if reason := unsafe_name(name):
-                raise IntegrityError(f"{self.settings.repo_id}: {printable(path)!r} {reason}")
-            if folded(name) in wanted:
-                raise IntegrityError(
-                    f"{self.settings.repo_id}: two files become {printable(name)} here",
-                    "fetch them one by one with --include, each into its own --local-dir",
-                )
-            wanted[folded(name)] = Download(file, folder / name)
-        if not wanted:
-            kinds = ", ".join(f"{remote}…" for remote, _ in kind.places)
-            chosen = " that the patterns let through" if self.include or self.exclude else ""
-            raise NotFoundError(
-                f"{self.settings.repo_id} holds no {kind.title.lower()}{chosen} ({kinds})",
-                f"look at {self._repo.url}",
-            )
-        return list(wanted.values())
-
-    def _let_through(self, name: str) -> bool:
-        if posixpath.basename(name) == ".gitkeep":
-            return False
-        included = not self.include or any(excluded_by(name, p) for p in self.include)
-        return included and not any(excluded_by(name, p) for p in self.exclude)
-
-
-def _difference(step: Step) -> str:
-    return "missing here" if step.reason == "new" else "differs"
-
-
-def _require_no_local_change(steps: Sequence[Step], folder: Path) -> None:
-    refused = [step for step in steps if step.action == "refuse"]
-    if refused:
-        more = f" and {len(refused) - 1} more files" if len(refused) > 1 else ""
-        raise RefusedError(
-            f"{printable(refused[0].path)}{more} would replace local content in {printable(folder)}"
-            f" ({refused[0].reason}); nothing was fetched",
-            "add --force to replace it, or --exclude to leave it",
-        )
 
 
 # ── S3 ───────────────────────────────────────────────────────────────────────────────────────────
@@ -2421,91 +1957,11 @@ def _require_no_local_change(steps: Sequence[Step], folder: Path) -> None:
 if TYPE_CHECKING:
     from docker_images import ImageStore
     from s3_checkpoints import Checkpoint
-    from s3_mirror import Done, Mirror, MirrorPlan
+    from s3_results import S3Fetched, S3Mirrored, S3Pruned, S3Sent
     from s3_transport import Bucket, Check, ObjectInfo
 
 LOG_EXCLUDES = ("*.ckpt", "*.tmp", "*.part")
-TWINS_ASKED = 8
-"""Of objects of the same size so many, the newest, are asked for their digest before sending."""
-
-
-@dataclasses.dataclass(frozen=True)
-class S3Sent:
-    """An object that holds what it should; `moved` bytes were sent for it in this run."""
-
-    source: str
-    key: str
-    size: int
-    moved: int
-    copied: bool
-    """The content was in the bucket under another name: the server copied it."""
-    sha256: str
-    check: str
-    seconds: float
-    left_out: tuple[LeftOut, ...] = ()
-
-    def __bool__(self) -> bool:
-        return True
-
-
-@dataclasses.dataclass(frozen=True)
-class S3Fetched:
-    """A file that holds what the object holds; `moved` bytes were fetched for it in this run."""
-
-    key: str
-    path: Path
-    size: int
-    moved: int
-    sha256: str
-    check: str
-    seconds: float
-    passed_over: tuple[str, ...] = ()
-    """What would have come first, and why it was of no use."""
-    extracted: str | None = None
-
-    def __bool__(self) -> bool:
-        return True
-
-
-@dataclasses.dataclass(frozen=True)
-class S3Mirrored:
-    """How a folder and a prefix were made the same; true when nothing failed."""
-
-    place: str
-    folder: Path
-    steps: tuple[Step, ...]
-    sent: int = 0
-    moved: int = 0
-    """Bytes; `sent` counts files, in either direction."""
-    deleted: int = 0
-    failures: tuple[str, ...] = ()
-    checks: tuple[str, ...] = ()
-    """How what was moved was verified, each way once."""
-    left_out: tuple[LeftOut, ...] = ()
-    dry_run: bool = False
-    seconds: float = 0.0
-
-    @property
-    def unchanged(self) -> int:
-        """Files that were the same already."""
-        return sum(step.action == "keep" for step in self.steps)
-
-    def __bool__(self) -> bool:
-        return not self.failures
-
-
-@dataclasses.dataclass(frozen=True)
-class S3Pruned:
-    """Which checkpoints stay, and which went (with `dry_run`: would go)."""
-
-    kept: tuple[str, ...]
-    removed: tuple[str, ...]
-    freed: int
-    failures: tuple[str, ...] = ()
-    dry_run: bool = False
-
-    def __bool__(self) -> bool:
-        return not self.failures
+ARCHIVE_STEMS = {"training": "training_data", "results": "results"}
 
 
 class S3Sync:
@@ -2530,7 +1986,8 @@ class S3Sync:
         max_concurrency, limit_rate, timeout). Raises MissingPackageError, UsageError, AccessError.
         """
         require_installed("boto3")
-        from s3_transport import Bucket, S3Settings
+        from cloud_settings import S3Settings
+        from s3_transport import Bucket
 
         given = S3Settings.resolve(
             bucket=bucket, prefix=prefix, endpoint_url=endpoint_url, region=region, **settings
@@ -2553,7 +2010,8 @@ class S3Sync:
         that of last.ckpt is, is copied by the server.
         """
         from hash_cache import open_hash_cache
-        from s3_checkpoints import progress_of
+        from s3_checkpoints import copied_twin, progress_of
+        from s3_results import S3Sent
 
         started = time.monotonic()
         path = Path(path)
@@ -2569,7 +2027,7 @@ class S3Sync:
             size = path.stat().st_size
         there = self.bucket.find(key)
         same = there is not None and (there.sha256, there.size) == (sha256, size)
-        if not same and self._copied_twin(key, size, sha256):
+        if not same and copied_twin(self.bucket, key, size, sha256):
             check = "SHA-256 of the content, as noted with the object it is a copy of"
             return S3Sent(str(path), key, size, 0, True, sha256, check, time.monotonic() - started)
         stored = self.bucket.put_file(path, key, sha256=sha256, metadata=progress_of(path))
@@ -2577,21 +2035,6 @@ class S3Sync:
             str(path), key, stored.size, stored.moved, False, stored.sha256, stored.check,
             time.monotonic() - started,
         )  # fmt: skip
-
-    def _copied_twin(self, key: str, size: int, sha256: str) -> bool:
-        """Whether the server could copy the content from another object of the same folder."""
-        folder = key.rpartition("/")[0] + "/"
-        equal = [one for one in self.bucket.list(folder) if one.size == size and one.key != key]
-        for info in sorted(equal, key=lambda one: -one.mtime)[:TWINS_ASKED]:
-            head = self.bucket.find(info.key)
-            if head and head.sha256 == sha256:
-                try:
-                    self.bucket.copy(info.key, key)
-                except (CloudError, OSError) as error:
-                    log.warning("%s is sent, not copied: %s", printable(key), error)
-                    return False
-                return True
-        return False
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """The checkpoints in the bucket, the one to resume from last."""
@@ -2632,7 +2075,7 @@ class S3Sync:
             except (IntegrityError, NotFoundError) as error:
                 reason = str(error)
             if not reason:
-                return dataclasses.replace(fetched, passed_over=tuple(passed_over))
+                return fetched._replace(passed_over=tuple(passed_over))
             passed_over.append(f"{one.name}: {reason}")
             log.warning("%s is passed over: %s", printable(one.name), reason)
         raise IntegrityError(
@@ -2650,6 +2093,7 @@ class S3Sync:
         `by` is a metric, as in s3-download-latest; empty: none is kept for being the best.
         """
         from s3_checkpoints import kept_by_prune
+        from s3_results import S3Pruned
 
         if keep < 1:
             raise UsageError("at least one checkpoint has to stay", "use --keep 1 or more")
@@ -2671,6 +2115,7 @@ class S3Sync:
 
     def _fetch(self, key: str, target: Path) -> S3Fetched:
         from hash_cache import open_hash_cache
+        from s3_results import S3Fetched
 
         started = time.monotonic()
         head = self.bucket.head(key)
@@ -2756,76 +2201,28 @@ class S3Sync:
             "upload one: python cloud_services.py s3-upload-dataset DIR",
         )
 
-    def _upload_folder(
-        self, folder: Path, key: str, *, include: Sequence[str] = (),
-        exclude: Sequence[str] = (), delete: bool = False, checksum: bool = False,
-        growing: bool = False,
-    ) -> S3Mirrored:  # fmt: skip
-        started = time.monotonic()
-        plan = plan_folder(folder, "DIR", exclude)
-        with self._mirror(folder, key, include, exclude, checksum) as mirror:
-            steps = mirror.plan_upload(plan, delete)
-            done = self._agreed(self.place(key), steps) and mirror.upload(steps, growing)
-        return self._mirrored(key, folder, steps, done, plan.left_out, started)
+    def _upload_folder(self, folder: Path, key: str, **options: Any) -> S3Mirrored:
+        from s3_mirror import upload_folder
 
-    def _download_folder(
-        self, key: str, folder: Path, *, include: Sequence[str] = (),
-        exclude: Sequence[str] = (), delete: bool = False, checksum: bool = False,
-    ) -> S3Mirrored:  # fmt: skip
-        started = time.monotonic()
-        here = _Tree(folder, tuple(exclude), "folder", "--local-dir") if folder.is_dir() else None
-        if here:
-            here.add_folder("")
-        with self._mirror(folder, key, include, exclude, checksum) as mirror:
-            steps = mirror.plan_download(folder, here.files if here else (), delete)
-            if not any(step.action in ("fetch", "keep") for step in steps.steps):
-                raise NotFoundError(
-                    f"nothing to fetch in {self.place(key)}/",
-                    "python cloud_services.py s3-check shows what can be reached",
-                )
-            done = self._agreed(str(folder), steps) and mirror.download(steps, folder)
-        return self._mirrored(key, folder, steps, done, (), started)
+        return upload_folder(self.bucket, folder, key, self._agreed, **options)
 
-    @contextlib.contextmanager
-    def _mirror(
-        self, folder: Path, key: str, include: Sequence[str], exclude: Sequence[str],
-        checksum: bool,
-    ) -> Iterator[Mirror]:  # fmt: skip
-        from hash_cache import open_hash_cache
-        from s3_mirror import Mirror
+    def _download_folder(self, key: str, folder: Path, **options: Any) -> S3Mirrored:
+        from s3_mirror import download_folder
 
-        with open_hash_cache() as hashes:
-            hashes.load(folder)
-            yield Mirror(
-                self.bucket, key + "/", hashes, include=include, exclude=exclude, checksum=checksum
-            )
+        return download_folder(self.bucket, key, folder, self._agreed, **options)
 
-    def _agreed(self, place: str, steps: MirrorPlan) -> bool:
+    def _agreed(self, place: str, gone: Sequence[str]) -> bool:
         """Whether to go on: not with a dry run; somebody has to agree to what is removed."""
-        if not self.dry_run and (gone := steps.names("delete")):
+        if gone and not self.dry_run:
             self._approve(place, gone)
         return not self.dry_run
-
-    def _mirrored(
-        self, key: str, folder: Path, steps: MirrorPlan, done: Done | Literal[False],
-        left_out: tuple[LeftOut, ...], started: float,
-    ) -> S3Mirrored:  # fmt: skip
-        result = S3Mirrored(
-            self.place(key), folder, steps.steps, failures=steps.failures, left_out=left_out,
-            dry_run=self.dry_run, seconds=time.monotonic() - started,
-        )  # fmt: skip
-        if done is False:
-            return result
-        return dataclasses.replace(
-            result, sent=done.files, moved=done.bytes, deleted=done.deleted,
-            failures=done.failures, checks=done.checks,
-        )  # fmt: skip
 
     # archives
 
     def upload_archive(self, archive: str | Path | Plan, kind: str) -> S3Sent:
         """Store an archive in training/ or results/: a file, or a plan packed on the way."""
-        from transfers import PackSource
+        from s3_results import S3Sent
+        from transfers import PackSource, pending_name
 
         started = time.monotonic()
         stem = ARCHIVE_STEMS[kind]
@@ -2833,7 +2230,8 @@ class S3Sync:
             self.progress.begin("packing and sending", None)
             try:
                 segments = PackSource(archive, stem).segments(Progress())
-                with self._pending_name(kind, archive.workspace) as name:
+                place = self.place(self.bucket.key(kind, str(archive.workspace.resolve())))
+                with pending_name(place, stem) as name:
                     stored = self.bucket.put_stream(
                         segments, self.bucket.key(kind, name), resumable=True
                     )
@@ -2848,22 +2246,6 @@ class S3Sync:
             source, stored.key, stored.size, stored.moved, False, stored.sha256, stored.check,
             time.monotonic() - started, left_out,
         )  # fmt: skip
-
-    @contextlib.contextmanager
-    def _pending_name(self, kind: str, workspace: Path) -> Iterator[str]:
-        """The name of a new archive; that of a run that did not finish, so that it continues."""
-        place = self.place(self.bucket.key(kind, str(workspace.resolve())))
-        digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
-        note = cache_folder() / "uploads" / f"{digest}.name"
-        with local_errors(note):
-            note.parent.mkdir(parents=True, exist_ok=True)
-            name = note.read_text(encoding="ascii", errors="replace") if note.exists() else ""
-            if not re.fullmatch(r"\w+_\d{8}_\d{6}\.tar\.gz", name):
-                name = timestamped(ARCHIVE_STEMS[kind])
-                with replacing(note) as stream:
-                    stream.write(name.encode())
-        yield name
-        note.unlink(missing_ok=True)
 
     def upload_training_data(self, archive: str | Path | Plan) -> S3Sent:
         """Store a training archive, or pack a plan of plan_training() into one on the way."""
@@ -2895,7 +2277,7 @@ class S3Sync:
         fetched = self._fetch(found[name], self._below(Path(local_dir), name))
         if extract:
             extract_archive(fetched.path, local_dir, self.progress)
-            fetched = dataclasses.replace(fetched, extracted=str(local_dir))
+            fetched = fetched._replace(extracted=str(local_dir))
         return fetched
 
     def download_training_data(
@@ -2915,9 +2297,6 @@ class S3Sync:
         return self.bucket.check()
 
 
-ARCHIVE_STEMS = {"training": "training_data", "results": "results"}
-
-
 # ── command machinery ────────────────────────────────────────────────────────────────────────────
 
 
@@ -2934,13 +2313,22 @@ class Argument:
 Handler = Callable[[argparse.Namespace, "Console"], "Outcome"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """One subcommand: its help is the handler's docstring."""
 
     name: str
     arguments: tuple[Argument, ...]
     run: Handler
+
+    @property
+    def text(self) -> str:
+        """The help."""
+        return (self.run.__doc__ or "").strip()
+
+    @property
+    def summary(self) -> str:
+        """The first line of the help."""
+        return self.text.split("\n")[0].rstrip(".")
 
 
 COMMANDS: dict[str, Command] = {}
@@ -2956,8 +2344,7 @@ def command(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
     return register
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a command has to say: rows for people, a document for scripts, the next command."""
 
     document: Any
@@ -3043,8 +2430,8 @@ class Console:
 
 def _plain(value: Any) -> Any:
     """A result as JSON knows it: dataclasses and named tuples as objects, paths as text."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if fields := getattr(value, "__dataclass_fields__", None):
+        return {name: _plain(getattr(value, name)) for name in fields}
     if hasattr(value, "_asdict"):
         return {name: _plain(item) for name, item in value._asdict().items()}
     if isinstance(value, Mapping):
@@ -3130,8 +2517,8 @@ def _common_options() -> argparse.ArgumentParser:
     return parser
 
 
-def build_parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The whole parser, one subparser a command; `only` that command gets its arguments."""
+def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The whole parser, one subparser a command; or what is enough to read these `words`."""
     common = _common_options()
     summary, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
@@ -3140,14 +2527,17 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for entry in COMMANDS.values():
-        text = (entry.run.__doc__ or "").strip()
+    named = next((word for word in words or () if not word.startswith("-")), "")
+    if words is not None and named not in COMMANDS:  # the names are enough for help and for errors
+        for entry in COMMANDS.values():
+            subparsers.add_parser(entry.name, help=entry.summary, add_help=False)
+        return parser
+    for entry in [COMMANDS[named]] if named else COMMANDS.values():
         subparser = subparsers.add_parser(
-            entry.name, help=text.split("\n")[0].rstrip("."), description=_dedent(text),
-            parents=[common],
+            entry.name, help=entry.summary, description=_dedent(entry.text), parents=[common],
             formatter_class=_HelpFormatter, allow_abbrev=False,
         )  # fmt: skip
-        for argument in entry.arguments if only in (None, entry.name) else ():
+        for argument in entry.arguments:
             argument.add_to(subparser)
     return parser
 
@@ -3223,7 +2613,9 @@ CONNECTION = (
     Argument("--host", help="server, or user@server (PAPERSPACE_HOST; default: paperspace.com)"),
     Argument("--user", help="the login there (PAPERSPACE_USER; default: as ssh would)"),
     Argument(
-        "--port", type=_checked(_port), help="the SSH port (PAPERSPACE_PORT; default: as ssh would)"
+        "--port",
+        type=_checked(port_number),
+        help="the SSH port (PAPERSPACE_PORT; default: as ssh would)",
     ),
     Argument(
         "--identity",
@@ -3599,21 +2991,9 @@ def _hub_downloader(args: argparse.Namespace, console: Console) -> HuggingFaceDo
 
 def _hub_upload_outcome(result: HubUploadResult, console: Console) -> Outcome:
     _list_left_out(result.left_out, console)
-    kept = sum(step.action == "keep" for step in result.steps)
     if result.dry_run:
-        return Outcome(result, [("would go to", result.url)], _step_lines(result.steps))
-    rows = [("repository", result.url), ("commit", result.commit)]
-    if not result.commits:
-        rows.append(("nothing to do", f"all {kept:,} files are there already, unchanged"))
-    else:
-        rows += _amount(result.sent_files, result.sent_bytes, result.seconds)
-        rows.append(("commits", f"{result.commits}"))
-        if kept:
-            rows.append(("unchanged", f"{kept:,} files"))
-        if result.deleted:
-            rows.append(("removed", f"{result.deleted:,} files"))
-        rows.append(("verified", "every file's hash as the Hub lists it"))
-    return Outcome(result, rows, next_command=result.restore)
+        return Outcome(result, [*result.rows()], _step_lines(result.steps))
+    return Outcome(result, [*result.rows()], next_command=result.restore)
 
 
 def _step_lines(steps: Sequence[Step]) -> Iterator[str]:
@@ -3622,21 +3002,9 @@ def _step_lines(steps: Sequence[Step]) -> Iterator[str]:
 
 
 def _hub_download_outcome(result: HubDownloadResult) -> Outcome:
-    kept = sum(step.action == "keep" for step in result.steps)
-    rows = [("repository", result.repo_id), ("commit", result.commit)]
-    rows.append(("folder", printable(result.local_dir)))
-    if result.dry_run:
-        return Outcome(result, rows, _step_lines(result.steps))
-    if result.fetched_files:
-        rows += _amount(result.fetched_files, result.moved, result.seconds)
-    if kept:
-        rows.append(("unchanged", f"{kept:,} files"))
-    rows += [("failed", printable(failure)) for failure in result.failures]
-    if result:
-        rows.append(("verified", "every file's hash"))
-        return Outcome(result, rows)
-    exit_code = ExitCode.INTEGRITY if result.compared_only else ExitCode.PARTIAL
-    return Outcome(result, rows, exit_code=exit_code)
+    lines = _step_lines(result.steps) if result.dry_run else ()
+    failed = ExitCode.INTEGRITY if result.compared_only else ExitCode.PARTIAL
+    return Outcome(result, [*result.rows()], lines, exit_code=ExitCode.DONE if result else failed)
 
 
 S3 = (
@@ -3682,7 +3050,7 @@ def s3_upload_checkpoint(args: argparse.Namespace, console: Console) -> Outcome:
     Unchanged content is not sent, and content that is there under another name (last.ckpt) is
     copied by the server. A large file continues where an earlier run stopped.
     """
-    return _s3_sent_outcome(_s3(args, console).upload_checkpoint(args.file))
+    return _s3_outcome(_s3(args, console).upload_checkpoint(args.file))
 
 
 @command("s3-list-checkpoints", *S3)
@@ -3717,7 +3085,7 @@ def _progress_text(one: Checkpoint) -> str:
 )  # fmt: skip
 def s3_download_checkpoint(args: argparse.Namespace, console: Console) -> Outcome:
     """Fetch one checkpoint; it gets its name after its SHA-256 was compared."""
-    return _s3_fetched_outcome(_s3(args, console).download_checkpoint(args.name, args.local_dir))
+    return _s3_outcome(_s3(args, console).download_checkpoint(args.name, args.local_dir))
 
 
 @command("s3-download-latest", BY, _local_dir("checkpoints"), *S3)
@@ -3726,7 +3094,7 @@ def s3_download_latest(args: argparse.Namespace, console: Console) -> Outcome:
 
     A damaged or partial one is passed over, and named.
     """
-    return _s3_fetched_outcome(_s3(args, console).download_latest(args.local_dir, args.by))
+    return _s3_outcome(_s3(args, console).download_latest(args.local_dir, args.by))
 
 
 @command(
@@ -3899,14 +3267,14 @@ def s3_upload_results(args: argparse.Namespace, console: Console) -> Outcome:
 def s3_download_training(args: argparse.Namespace, console: Console) -> Outcome:
     """Fetch a training archive from training/: the newest, or the one named."""
     sync = _s3(args, console)
-    return _s3_fetched_outcome(sync.download_training_data(args.name, args.local_dir, args.extract))
+    return _s3_outcome(sync.download_training_data(args.name, args.local_dir, args.extract))
 
 
 @command("s3-download-results", ARCHIVE_NAME, _local_dir("."), EXTRACT, *S3)
 def s3_download_results(args: argparse.Namespace, console: Console) -> Outcome:
     """Fetch a results archive from results/: the newest, or the one named."""
     sync = _s3(args, console)
-    return _s3_fetched_outcome(sync.download_results(args.name, args.local_dir, args.extract))
+    return _s3_outcome(sync.download_results(args.name, args.local_dir, args.extract))
 
 
 @command("s3-check", *S3)
@@ -3945,7 +3313,7 @@ def docker_export(args: argparse.Namespace, console: Console) -> Outcome:
         rows[1] = ("would go to", printable(result.key))
         return Outcome(result, rows)
     if result.moved:
-        rows += _amount(max(1, result.sent_layers), result.moved, result.seconds)
+        rows += amount_rows(max(1, result.sent_layers), result.moved, result.seconds)
     else:
         rows.append(("nothing to do", "the same image is there already"))
     restore = f"python cloud_services.py docker-load --image {_shown(image)}"
@@ -3965,7 +3333,7 @@ def docker_load(args: argparse.Namespace, console: Console) -> Outcome:
     result = _image_store(args, console).load(_image(args), args.layers)
     rows = [("image", printable(result.image)), ("object", printable(result.key))]
     if result.moved:
-        rows += [("into", result.engine), *_amount(1, result.moved, result.seconds)]
+        rows += [("into", result.engine), *amount_rows(1, result.moved, result.seconds)]
     else:
         rows.append(("nothing to do", "the same image is here already"))
     rows.append(("verified", result.check))
@@ -4016,16 +3384,8 @@ def _s3(args: argparse.Namespace, console: Console) -> S3Sync:
     )  # fmt: skip
 
 
-def _s3_sent_outcome(result: S3Sent) -> Outcome:
-    rows = [("from", printable(result.source)), ("to", printable(result.key))]
-    if result.copied:
-        rows.append(("copied", "on the server: the content was there under another name"))
-    elif not result.moved:
-        rows.append(("nothing to do", "the same content is there already"))
-    else:
-        rows += _amount(1, result.moved, result.seconds)
-    rows += [("sha256", result.sha256), ("verified", result.check)]
-    return Outcome(result, rows)
+def _s3_outcome(result: S3Sent | S3Fetched | S3Mirrored) -> Outcome:
+    return Outcome(result, [*result.rows()], exit_code=_partial_unless(bool(result)))
 
 
 def _s3_archive_outcome(sync: S3Sync, archive: Path | Plan, kind: str, console: Console) -> Outcome:
@@ -4036,42 +3396,15 @@ def _s3_archive_outcome(sync: S3Sync, archive: Path | Plan, kind: str, console: 
         return _file_outcome(archive, where)
     result = sync.upload_archive(archive, kind)
     _list_left_out(result.left_out, console)
-    name = posixpath.basename(result.key)
-    return dataclasses.replace(
-        _s3_sent_outcome(result),
-        next_command=f"python cloud_services.py s3-download-{kind} {_shown(name)} --extract",
-    )
-
-
-def _s3_fetched_outcome(result: S3Fetched) -> Outcome:
-    rows = [("from", printable(result.key)), ("to", printable(result.path))]
-    rows += [("passed over", printable(why)) for why in result.passed_over]
-    if result.moved:
-        rows += _amount(1, result.moved, result.seconds)
-    else:
-        rows.append(("nothing to do", "the same content is here already"))
-    if result.extracted:
-        rows.append(("unpacked in", printable(result.extracted)))
-    rows += [("sha256", result.sha256), ("verified", result.check)]
-    return Outcome(result, rows)
+    name = _shown(posixpath.basename(result.key))
+    following = f"python cloud_services.py s3-download-{kind} {name} --extract"
+    return _s3_outcome(result)._replace(next_command=following)
 
 
 def _s3_mirror_outcome(result: S3Mirrored, console: Console) -> Outcome:
     _list_left_out(result.left_out, console)
-    rows = [("bucket", printable(result.place)), ("folder", printable(result.folder))]
-    if result.dry_run:
-        return Outcome(result, rows, _step_lines(result.steps))
-    if result.sent:
-        rows += _amount(result.sent, result.moved, result.seconds)
-    if result.unchanged:
-        rows.append(("unchanged", f"{result.unchanged:,} files"))
-    if result.deleted:
-        rows.append(("removed", f"{result.deleted:,} files"))
-    rows += [("failed", printable(failure)) for failure in result.failures]
-    rows += [("verified", check) for check in result.checks]
-    if result and not result.sent and not result.deleted:
-        rows.append(("nothing to do", "the same content is on both sides"))
-    return Outcome(result, rows, exit_code=_partial_unless(bool(result)))
+    lines = _step_lines(result.steps) if result.dry_run else ()
+    return _s3_outcome(result)._replace(lines=lines)
 
 
 def _partial_unless(complete: bool) -> ExitCode:
@@ -4193,11 +3526,6 @@ def _file_outcome(archive: Path, target: str) -> Outcome:
     return Outcome({"target": target, "archive": archive, "bytes": source.size}, rows)
 
 
-def _amount(files: int, size: int, seconds: float) -> list[tuple[str, str]]:
-    rate = human_bytes(size / max(seconds, 1e-9))
-    return [("files", f"{files:,}"), ("bytes", f"{size:,}"), ("time", f"{seconds:.1f} s, {rate}/s")]
-
-
 def _ratio(input_bytes: int, archive_bytes: int) -> tuple[str, str]:
     share = 100 * archive_bytes / input_bytes if input_bytes else 100
     return ("packed", f"{archive_bytes:,} bytes, {share:.1f} % of the input")
@@ -4207,7 +3535,7 @@ def _archive_outcome(result: ArchiveResult, following: str, console: Console) ->
     _list_left_out(result.left_out, console)
     rows = [
         ("archive", printable(result.path)),
-        *_amount(result.files, result.input_bytes, result.seconds),
+        *amount_rows(result.files, result.input_bytes, result.seconds),
         _ratio(result.input_bytes, result.archive_bytes),
         ("sha256", result.sha256),
     ]
@@ -4265,7 +3593,7 @@ def _check_outcome(result: ArchiveCheck) -> Outcome:
     )
     rows = [
         ("archive", printable(result.path)),
-        *_amount(result.files, result.bytes, result.seconds),
+        *amount_rows(result.files, result.bytes, result.seconds),
         ("sha256", result.sha256),
         ("verified", how),
         *([("unpacked in", printable(result.into))] if result.into else []),
@@ -4360,8 +3688,7 @@ def _run(argv: Sequence[str] | None) -> int:
     with _written_out():
         try:
             words = sys.argv[1:] if argv is None else argv
-            named = next((word for word in words if word in COMMANDS), "")
-            args = build_parser(only=named).parse_args(words)
+            args = build_parser(words).parse_args(words)
         except SystemExit as stop:
             return int(stop.code or 0)
     if args is None:  # nobody reads --help
@@ -4377,8 +3704,9 @@ def _run(argv: Sequence[str] | None) -> int:
         if error.name not in SATELLITES:
             raise
         missing = f"{error.name}.py is not beside cloud_services.py"
+        others = ", ".join(f"{name}.py" for name in SATELLITES if not _is_importable(name))
         with _written_out():
-            console.show_error(MissingPackageError(missing, "copy it there as well"))
+            console.show_error(MissingPackageError(missing, f"copy there as well: {others}"))
         return ExitCode.MISSING_PACKAGE
     except CloudError as error:
         if "list-remote-files" in error.hint:  # below nobody knows the flags that led there

@@ -40,7 +40,6 @@ from cloud_services import (
     CloudError,
     ConnectError,
     DiskFullError,
-    HubSettings,
     IntegrityError,
     LinkLostError,
     NotFoundError,
@@ -65,6 +64,7 @@ from cloud_services import (
     with_retries,
     write_all,
 )
+from cloud_settings import HubSettings
 from hash_cache import HashCache
 
 MAX_FILE_BYTES = 500_000_000_000
@@ -94,6 +94,10 @@ Headers = Mapping[str, str] | email.message.Message
 
 class ParentMovedError(LinkLostError):
     """Somebody else committed in between; a new look at the repository settles it."""
+
+
+class NoEntryError(NotFoundError):
+    """The repository is there, a file or folder in it is not."""
 
 
 class RateLimitedError(TransferError):
@@ -136,7 +140,7 @@ def _known_code(settings: HubSettings, code: str, status: int, said: str) -> Clo
             "check --revision: a branch, a tag or a commit",
         )
     if code == "EntryNotFound":
-        return NotFoundError(f"{settings.repo_id}: {said or 'no such file'}")
+        return NoEntryError(f"{settings.repo_id}: {said or 'no such file'}")
     return None
 
 
@@ -536,10 +540,17 @@ class HubRepo:
         with self.wire.understanding():
             return str(document["sha"])
 
-    def files(self, commit: str) -> dict[str, RemoteFile]:
+    def files_below(self, folder: str, commit: str) -> dict[str, RemoteFile]:
+        """The files of one folder, which ends in a slash, at a commit; it may be missing."""
+        try:
+            return self.files(commit, "/" + urllib.parse.quote(folder.rstrip("/")))
+        except NoEntryError:
+            return {}
+
+    def files(self, commit: str, below: str = "") -> dict[str, RemoteFile]:
         """Every file at a commit, by its path."""
         found: dict[str, RemoteFile] = {}
-        url = f"{self._api_url}/tree/{commit}?recursive=true&expand=false"
+        url = f"{self._api_url}/tree/{commit}{below}?recursive=true&expand=false"
         while url:
             entries, headers = self.wire.json(url)
             with self.wire.understanding():
@@ -684,6 +695,11 @@ class UploadPlan:
     steps: tuple[Step, ...]
     commit: str
     """Empty: the repository does not exist yet."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to send or to delete."""
+        return any(step.action in ("send", "delete") for step in self.steps)
 
     def paths(self, action: str) -> list[str]:
         """The paths of all steps with this action, sorted."""

@@ -474,7 +474,7 @@ class S3Callback(_LightningCallback):
                 "the Python package lightning is not installed", "pip install lightning"
             )
         from cloud_services import S3Sync
-        from s3_transport import S3Settings
+        from cloud_settings import S3Settings
 
         words = {name: value for name, value in self._given.items() if name != "limit_rate"}
         settings = S3Settings.resolve(**words, prefix=self.s3_prefix)

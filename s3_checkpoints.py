@@ -15,11 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cloud_services import NotFoundError, UsageError, local_errors, printable
+from cloud_services import CloudError, NotFoundError, UsageError, local_errors, log, printable
 from s3_transport import Bucket, ObjectInfo
 
 LAST = "last.ckpt"
 SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
+
+TWINS_ASKED = 8
+"""Of objects of the same size so many, the newest, are asked for their digest before sending."""
 
 MAX_SCANNED_OPCODES = 200_000
 """Lightning writes epoch and global_step before the weights: they come early or not at all."""
@@ -155,6 +158,22 @@ def progress_in(path: Path) -> dict[str, str]:
                 if len(found) == len(labels) or count > MAX_SCANNED_OPCODES:
                     break
     return found
+
+
+def copied_twin(bucket: Bucket, key: str, size: int, sha256: str) -> bool:
+    """Whether the server could copy the content from another object of the same folder."""
+    folder = key.rpartition("/")[0] + "/"
+    equal = [one for one in bucket.list(folder) if one.size == size and one.key != key]
+    for info in sorted(equal, key=lambda one: -one.mtime)[:TWINS_ASKED]:
+        head = bucket.find(info.key)
+        if head and head.sha256 == sha256:
+            try:
+                bucket.copy(info.key, key)
+            except (CloudError, OSError) as error:
+                log.warning("%s is sent, not copied: %s", printable(key), error)
+                return False
+            return True
+    return False
 
 
 def why_partial(path: Path) -> str:

@@ -13,7 +13,8 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,20 +22,24 @@ from cloud_services import (
     PACK_BLOCK_BYTES,
     CloudError,
     IntegrityError,
+    NotFoundError,
     Plan,
     PlannedFile,
     RefusedError,
     Step,
     excluded_by,
     file_sha256,
+    files_below,
     folded,
     free_space,
     local_errors,
+    plan_folder,
     printable,
     read_blocks,
     require_space,
 )
-from hash_cache import HashCache
+from hash_cache import HashCache, open_hash_cache
+from s3_results import S3Mirrored
 from s3_transport import (
     Bucket,
     Index,
@@ -90,7 +95,7 @@ class Mirror:
     """
 
     def __init__(
-        self, bucket: Bucket, prefix: str, hashes: HashCache, *, include: Sequence[str] = (),
+        self, bucket: Bucket, prefix: str, hashes: HashCache, include: Sequence[str] = (),
         exclude: Sequence[str] = (), checksum: bool = False,
     ) -> None:  # fmt: skip
         self._bucket, self.prefix, self._hashes = bucket, prefix, hashes
@@ -344,3 +349,66 @@ def _copy_start(source: Path, target: Path, size: int) -> None:
         while size and (block := reader.read(min(size, PACK_BLOCK_BYTES))):
             writer.write(block)
             size -= len(block)
+
+
+# ── folders ──────────────────────────────────────────────────────────────────────────────────────
+
+Agreed = Callable[[str, Sequence[str]], bool]
+"""Sees the place and the names of what would be removed there, and says whether to go on."""
+
+
+def upload_folder(
+    bucket: Bucket, folder: Path, key: str, agreed: Agreed, *, include: Sequence[str] = (),
+    exclude: Sequence[str] = (), delete: bool = False, checksum: bool = False,
+    growing: bool = False,
+) -> S3Mirrored:  # fmt: skip
+    """Make what is below `key` hold the files of a folder; the flags are those of `Mirror`."""
+    started = time.monotonic()
+    plan = plan_folder(folder, "DIR", exclude)
+    with open_hash_cache() as hashes:
+        hashes.load(folder)
+        mirror = Mirror(bucket, key + "/", hashes, include, exclude, checksum)
+        steps = mirror.plan_upload(plan, delete)
+        place = f"{bucket.name}/{key}"
+        done = mirror.upload(steps, growing) if agreed(place, steps.names("delete")) else None
+    result = _result(bucket, key, folder, steps, done, started)
+    return result._replace(left_out=plan.left_out)
+
+
+def download_folder(
+    bucket: Bucket, key: str, folder: Path, agreed: Agreed, *, include: Sequence[str] = (),
+    exclude: Sequence[str] = (), delete: bool = False, checksum: bool = False,
+) -> S3Mirrored:  # fmt: skip
+    """Make a folder hold what is below `key`; the flags are those of `Mirror`."""
+    started = time.monotonic()
+    here = files_below(folder, exclude) if folder.is_dir() else []
+    with open_hash_cache() as hashes:
+        hashes.load(folder)
+        mirror = Mirror(bucket, key + "/", hashes, include, exclude, checksum)
+        steps = mirror.plan_download(folder, here, delete)
+        if not any(step.action in ("fetch", "keep") for step in steps.steps):
+            raise NotFoundError(
+                f"nothing to fetch in {bucket.name}/{key}/",
+                "python cloud_services.py s3-check shows what can be reached",
+            )
+        goes_on = agreed(str(folder), steps.names("delete"))
+        done = mirror.download(steps, folder) if goes_on else None
+    return _result(bucket, key, folder, steps, done, started)
+
+
+def _result(
+    bucket: Bucket, key: str, folder: Path, steps: MirrorPlan, done: Done | None, started: float
+) -> S3Mirrored:
+    result = S3Mirrored(
+        f"{bucket.name}/{key}", folder, steps.steps, failures=steps.failures,
+        dry_run=done is None, seconds=time.monotonic() - started,
+    )  # fmt: skip
+    if done is None:
+        return result
+    return result._replace(
+        sent=done.files,
+        moved=done.bytes,
+        deleted=done.deleted,
+        failures=done.failures,
+        checks=done.checks,
+    )

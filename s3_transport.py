@@ -26,7 +26,6 @@ import itertools
 import json
 import logging
 import os
-import posixpath
 import queue
 import random
 import re
@@ -48,7 +47,6 @@ from cloud_services import (
     KIB,
     MIB,
     SAME_COMMAND,
-    STALL_SECONDS,
     AccessError,
     Advance,
     CloudError,
@@ -63,7 +61,6 @@ from cloud_services import (
     TransferError,
     UsageError,
     cache_folder,
-    dotenv_settings,
     free_space,
     human_bytes,
     in_background,
@@ -77,6 +74,7 @@ from cloud_services import (
     require_space,
     write_all,
 )
+from cloud_settings import S3Settings
 from transfers import _SharedJobs, _Watermark
 
 log = logging.getLogger("cloud_services")
@@ -101,14 +99,16 @@ COPY_PART_BYTES = 512 * MIB
 SEND_LANES, FETCH_LANES, STREAM_LANES = 6, 6, 3
 """Requests under way at once for one large object."""
 
-SMALL_SEND_LANES, SMALL_FETCH_LANES, FAR_LANES = 16, 8, 32
-"""Requests under way at once for many small objects; the last is for servers that are far away."""
+SMALL_SEND_LANES, SMALL_FETCH_LANES, FAR_LANES = 16, 4, 32
+"""Requests under way at once for many small objects; the last is for servers that are far away.
+
+Threads that only wait for each other cost time: near a server, fewer of them fetch more.
+"""
 
 FAR_SECONDS = 0.005
 IN_MEMORY_BYTES = 48 * MIB
 """So much of small files is held in memory at once, however many requests are under way."""
 
-MAX_ATTEMPTS = 5
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 20.0
 MAX_SKEW_SECONDS = 300
 WEEK_SECONDS = 7 * 86_400
@@ -117,114 +117,12 @@ ERROR_BYTES = 64 * KIB
 HIDDEN_FOLDER = ".cloud_services"
 """Where our own notes live in a bucket; listings leave it out."""
 
-ENDPOINT = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/\s@:?#\[\]]+)(:\d{1,5})?(/[^\s@?#]*)?")
 """Where a server is: no keys in it, they would be shown in messages."""
 
 EMPTY_SHA256 = hashlib.sha256().hexdigest()
 SHA256_CHECK = "SHA-256 of the content, as noted with the object"
 PARTS_CHECK = "MD5 of each part, as the server computed it; no SHA-256 could be noted"
 SENT_CHECK = "MD5 of each request, as the server computed it; SHA-256 noted with the object"
-
-
-# ── settings ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def _from(*variables: str, default: Any = None) -> Any:
-    """A dataclass field that falls back to environment variables, then `.env`, then `default`."""
-    return dataclasses.field(default=default, metadata={"variables": variables})
-
-
-def _secret() -> Any:
-    return dataclasses.field(default=None, repr=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class S3Settings:
-    """Which bucket, and how to reach it. None means: as boto3's own chain or the default says."""
-
-    bucket: str = _from("S3_BUCKET", default="")
-    prefix: str = _from("S3_PREFIX", default="")
-    endpoint_url: str | None = _from("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    region: str | None = _from("AWS_REGION", "AWS_DEFAULT_REGION")
-    profile: str | None = _from("AWS_PROFILE")
-    max_concurrency: int | None = _from("AWS_S3_MAX_CONCURRENCY")
-    """Requests under way at once; None: as the size of the objects asks for."""
-    max_attempts: int = _from("AWS_MAX_ATTEMPTS", default=MAX_ATTEMPTS)
-    retry_mode: str | None = _from("AWS_RETRY_MODE")
-    """All modes wait ever longer, by chance, and all requests slow down when one is told to."""
-    limit_rate: int | None = None
-    """Bytes per second, over all connections."""
-    timeout: float = STALL_SECONDS
-    """Seconds without a byte after which a connection counts as dead."""
-    access_key_id: str | None = dataclasses.field(default=None, repr=False)
-    """Only from an argument or `.env`: what the environment holds boto3 finds itself."""
-    secret_access_key: str | None = _secret()
-    session_token: str | None = _secret()
-
-    @classmethod
-    def resolve(cls, **given: Any) -> S3Settings:
-        """Settings from `given` arguments, then the environment, then `.env`, then defaults."""
-        values = {name: value for name, value in given.items() if value is not None}
-        dotenv = dotenv_settings()
-        chosen = "profile" in values or any(
-            os.environ.get(name) for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID")
-        )
-        if str(values.get("bucket", "")).startswith("s3://"):  # a whole address, as it was given
-            values.setdefault("prefix", "")
-        for field in dataclasses.fields(cls):
-            variables = field.metadata.get("variables", ())
-            found = (source.get(name) for source in (os.environ, dotenv) for name in variables)
-            if field.name not in values and (value := next(filter(None, found), None)):
-                values[field.name] = value
-        if not chosen and "access_key_id" not in values:
-            for name in ("access_key_id", "secret_access_key", "session_token"):
-                values[name] = dotenv.get(f"AWS_{name.upper()}") or None
-        for name in ("max_concurrency", "max_attempts"):
-            if name in values:
-                values[name] = _count(values[name], name)
-        return cls(**values)
-
-    def __post_init__(self) -> None:
-        bucket, _, folder = self.bucket.removeprefix("s3://").partition("/")
-        if self.bucket.startswith("s3://"):
-            object.__setattr__(self, "bucket", bucket)
-            object.__setattr__(self, "prefix", posixpath.join(folder, self.prefix.strip("/")))
-        object.__setattr__(self, "prefix", self.prefix.strip("/"))
-        if not self.bucket:
-            raise UsageError("no bucket is named", "name one with --bucket, or S3_BUCKET in .env")
-        if not re.fullmatch(r"arn:[\w:/.-]+|[A-Za-z0-9][\w.-]{1,254}", self.bucket):
-            raise UsageError(
-                f"{printable(self.bucket)!r} is no bucket name", "use --bucket with a plain name"
-            )
-        if self.endpoint_url and not _is_endpoint(self.endpoint_url):
-            shown = re.sub(r"(?<=//)[^/]*@", "…@", printable(self.endpoint_url))
-            raise UsageError(
-                f"{shown!r} is no endpoint", "use --endpoint-url https://… (AWS_ENDPOINT_URL)"
-            )
-        if self.retry_mode not in (None, "legacy", "standard", "adaptive"):
-            raise UsageError(
-                f"{printable(self.retry_mode)!r} is no retry mode", "use AWS_RETRY_MODE=standard"
-            )
-        if self.limit_rate is not None and self.limit_rate <= 0:
-            raise UsageError("a rate limit must be positive", "use --limit-rate 10M")
-        if self.timeout <= 0:
-            raise UsageError("a timeout must be positive", f"use --timeout {STALL_SECONDS:g}")
-
-    def key(self, *names: str) -> str:
-        """The full key of a name below the prefix."""
-        return "/".join(filter(None, (self.prefix, *names)))
-
-
-def _is_endpoint(url: str) -> bool:
-    with contextlib.suppress(ValueError):  # a port beyond 65535
-        return bool(ENDPOINT.fullmatch(url)) and urlsplit(url).port != 0
-    return False
-
-
-def _count(text: object, name: str) -> int:
-    if str(text).isdecimal() and 0 < int(str(text)) <= 1000:
-        return int(str(text))
-    raise UsageError(f"{printable(text)!r} is no value for {name}", "use a number from 1 to 1000")
 
 
 # ── errors: one table for what servers and botocore say ──────────────────────────────────────────
@@ -261,6 +159,7 @@ class _Rule(NamedTuple):
     hint: str = ""
 
 
+AGAIN = "run the same command again: it starts anew"
 REACH = "check --endpoint-url (AWS_ENDPOINT_URL) and the network"
 KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or name a profile with --profile"
 LOGIN = "log in again: aws sso login, or get new keys"
@@ -279,8 +178,7 @@ STORAGE_FULL = _Rule(
 BAD_NAME = _Rule(UsageError, "{endpoint} refuses {place}: {said}", "choose another name")
 UNKNOWN_CALL = _Rule(AccessError, "{endpoint} does not support {operation}")
 CHANGED = _Rule(
-    IntegrityError, "{place} changed while it was fetched",
-    "run the same command again: it starts anew",
+    IntegrityError, "{place} changed while it was fetched", AGAIN,
 )  # fmt: skip
 ALTERED = _Rule(
     IntegrityError, "{place} was altered on its way, each time it was tried: {said}",
@@ -710,13 +608,127 @@ class Receiver(Protocol):
 
 
 class _Link:
-    """A kept connection and the buffer that belongs to it."""
+    """A kept connection, and what came over it that nobody has taken yet."""
 
     def __init__(self, access: _Access) -> None:
         self.access = access
         self.connection = access.connect()
-        self.buffer = bytearray(BLOCK_BYTES)
         self.used = False
+        self._buffer = memoryview(bytearray(BLOCK_BYTES))
+        self._start = self._end = 0
+
+    @property
+    def holds_more(self) -> bool:
+        """Whether something came that belongs to no answer."""
+        return self._start < self._end
+
+    def line(self, mark: bytes = b"\r\n") -> bytes:
+        """What comes before `mark`, which is dropped."""
+        content: bytearray = self._buffer.obj  # type: ignore[assignment]
+        looked = self._start
+        while (at := content.find(mark, looked, self._end)) < 0:
+            looked = max(self._start, self._end - len(mark) + 1)
+            self._receive()
+        found = bytes(self._buffer[self._start : at])
+        self._start = at + len(mark)
+        return found
+
+    def _receive(self) -> None:
+        if self._end == len(self._buffer):
+            raise _BrokenAnswerError("the head of an answer has no end")
+        count = self.connection.sock.recv_into(self._buffer[self._end :])
+        if not count:
+            raise ConnectionResetError("the server closed the connection without an answer")
+        self._end += count
+
+    def take(self, most: int) -> memoryview:
+        """At most so much of what came, or comes next; empty: the server has closed."""
+        if self._start == self._end:
+            self._start, self._end = 0, self.connection.sock.recv_into(self._buffer[:most])
+        first, self._start = self._start, min(self._end, self._start + most)
+        return self._buffer[first : self._start]
+
+    def make_room(self) -> None:
+        """Use the buffer from its start again."""
+        rest = bytes(self._buffer[self._start : self._end])
+        self._buffer[: len(rest)] = rest
+        self._start, self._end = 0, len(rest)
+
+
+class _Answer:
+    """An answer's head, and its body as it comes.
+
+    http.client's takes, for a small object, longer than all else together.
+    """
+
+    def __init__(self, link: _Link, method: str) -> None:
+        self._link = link
+        self.status = 100
+        while self.status // 100 == 1:  # "go on", which nobody has asked for
+            self._read_head()
+        said = self.headers.get("connection", "" if self._version == "1" else "close").lower()
+        self.closes = "close" in said
+        self._chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+        self._left = self._length()
+        if method == "HEAD" or self.status in (204, 304):
+            self._chunked, self._left = False, 0
+
+    def _read_head(self) -> None:
+        self._link.make_room()
+        first, *lines = self._link.line(b"\r\n\r\n").decode("iso-8859-1").split("\r\n")
+        match = re.match(r"HTTP/1\.([01]) (\d{3})(?: |$)", first)
+        if not match:
+            raise _BrokenAnswerError(f"this is no answer: {printable(first[:80])}")
+        self._version, self.status = match[1], int(match[2])
+        pairs = (line.partition(":") for line in lines)
+        self.headers = {name.lower(): value.strip() for name, _, value in pairs}
+
+    def _length(self) -> int:
+        """The body's length; -1: it ends with the connection."""
+        text = self.headers.get("content-length")
+        if text is None and not self._chunked:
+            self.closes = True
+            return -1
+        if text is not None and not re.fullmatch(r"[0-9]{1,15}", text):
+            raise _BrokenAnswerError(f"this is no length: {printable(text)}")
+        return int(text or 0)
+
+    def blocks(self) -> Iterator[memoryview]:
+        """The body; the memory of one block is used again for the next."""
+        if not self._chunked:
+            yield from self._counted(self._left)
+            return
+        while size := self._chunk_size():
+            yield from self._counted(size)
+            self._link.line()
+        while self._link.line():  # trailers
+            pass
+
+    def _chunk_size(self) -> int:
+        self._link.make_room()
+        text = self._link.line().partition(b";")[0].strip()
+        if not re.fullmatch(rb"[0-9a-fA-F]{1,12}", text):
+            raise _BrokenAnswerError(f"this is no length: {printable(text[:80])}")
+        return int(text, 16)
+
+    def _counted(self, size: int) -> Iterator[memoryview]:
+        """So many bytes, or all there are; a body that ends early is an error."""
+        got = 0
+        while got != size:
+            block = self._link.take(BLOCK_BYTES if size < 0 else size - got)
+            if not block and size >= 0:
+                raise _BrokenAnswerError(f"the answer ended after {got} of {size} bytes")
+            if not block:
+                return
+            got += len(block)
+            yield block
+
+    def read(self, most: int) -> bytes:
+        """The body's start; the rest is passed over."""
+        text = bytearray()
+        for block in self.blocks():
+            text += block[: most - len(text)]
+        return bytes(text)
 
 
 class _Wire:
@@ -727,8 +739,8 @@ class _Wire:
 
     def __init__(self, access: _Access, limiter: RateLimiter) -> None:
         self.access = access
-        self.round_trip: float | None = None
-        """Seconds to the server and back, from how long it took to connect."""
+        self.answer_seconds: float | None = None
+        """How long the server takes to answer: the least that was seen so far."""
         self._limiter = limiter
         self._local = threading.local()
 
@@ -742,22 +754,22 @@ class _Wire:
         """
         counted = _Counted(advance)
         try:
-            link, response = self._answered(request, memoryview(body), counted)
+            link, answer = self._answered(request, memoryview(body), counted)
             with self._closing_when_broken(link):
-                return self._read(link, response, receiver)
+                return self._read(link, answer, receiver)
         except BaseException:
             counted.undo()
             raise
 
     def _answered(
         self, request: _Request, body: memoryview, counted: _Counted
-    ) -> tuple[_Link, http.client.HTTPResponse]:
+    ) -> tuple[_Link, _Answer]:
         """The answer's head; a kept connection that the server has closed meanwhile is replaced."""
         link = self._link()
         try:
             with self._closing_when_broken(link):
                 return link, self._ask(link, request, body, counted)
-        except (http.client.RemoteDisconnected, ConnectionError):
+        except ConnectionError:
             if not link.used or request.method == "POST" or counted.count > BLOCK_BYTES:
                 raise
         counted.undo()
@@ -772,7 +784,7 @@ class _Wire:
         return link
 
     def _connected(self) -> _Link:
-        link, started = _Link(self.access), time.monotonic()
+        link = _Link(self.access)
         connection = link.connection
         patience, connection.timeout = connection.timeout, CONNECT_SECONDS
         try:
@@ -783,8 +795,6 @@ class _Wire:
             raise _NoConnectionError(str(error)) from error
         connection.timeout = patience
         connection.sock.settimeout(patience)
-        taken = (time.monotonic() - started) / (3 if self.access.secure else 1)  # TLS goes thrice
-        self.round_trip = min(taken, self.round_trip or taken)
         return link
 
     @contextlib.contextmanager
@@ -798,60 +808,56 @@ class _Wire:
                 raise ConnectionError(str(error)) from error
             raise
 
-    def _ask(
-        self, link: _Link, request: _Request, body: memoryview, counted: _Counted
-    ) -> http.client.HTTPResponse:
-        access, connection = link.access, link.connection
-        path, query = access.path(request.key), _query(request.query)
-        connection.putrequest(
-            request.method, access.target(path, query), skip_host=True, skip_accept_encoding=True
-        )
-        for name, value in access.signed(request, path, query).items():
-            connection.putheader(name, value)
-        if request.method in ("PUT", "POST"):
-            connection.putheader("content-length", str(len(body)))
+    def _ask(self, link: _Link, request: _Request, body: memoryview, counted: _Counted) -> _Answer:
+        head, socket = self._head(link.access, request, len(body)), link.connection.sock
         # A server may refuse before it has read everything: then its answer counts.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError) if body else _NOTHING:
-            connection.endheaders()
-            for start in range(0, len(body), BLOCK_BYTES):
+            for start in range(0, len(body) or 1, BLOCK_BYTES):
                 block = body[start : start + BLOCK_BYTES]
                 self._limiter.take(len(block))
-                connection.send(block)
+                socket.sendall(block if start else head + block)
                 counted.add(len(block))
-        response = connection.getresponse()
-        if counted.count < len(body) and response.status < 300:
+        started = time.monotonic()
+        answer = _Answer(link, request.method)
+        taken = time.monotonic() - started
+        self.answer_seconds = min(taken, self.answer_seconds or taken)
+        if counted.count < len(body) and answer.status < 300:
             raise _BrokenAnswerError("the server accepted a body before it had all of it")
-        return response
+        return answer
 
-    def _read(
-        self, link: _Link, response: http.client.HTTPResponse,
-        receiver: Receiver | None,
-    ) -> Mapping[str, str]:  # fmt: skip
-        headers = {name.lower(): value for name, value in response.getheaders()}
-        accepted = response.status in (200, 204, 206)
+    @staticmethod
+    def _head(access: _Access, request: _Request, length: int) -> bytes:
+        """The request line and the headers."""
+        path, query = access.path(request.key), _query(request.query)
+        lines = [f"{request.method} {access.target(path, query)} HTTP/1.1"]
+        lines += [f"{name}: {value}" for name, value in access.signed(request, path, query).items()]
+        if request.method in ("PUT", "POST"):
+            lines.append(f"content-length: {length}")
+        text = "\r\n".join([*lines, "", ""])
+        if len(text.splitlines()) != len(lines) + 1:
+            raise ValueError("a header holds the end of a line")
+        return text.encode("iso-8859-1")
+
+    def _read(self, link: _Link, answer: _Answer, receiver: Receiver | None) -> Mapping[str, str]:
+        accepted = answer.status in (200, 204, 206)
         if accepted and receiver is not None:
-            receiver.begin(response.status, headers)
-            self._receive(link, response, receiver)
+            receiver.begin(answer.status, answer.headers)
+            self._receive(answer, receiver)
         else:
-            text = response.read(ERROR_BYTES)
+            text = answer.read(ERROR_BYTES)
             if not accepted or b"<Error>" in text:  # S3 may find the error after its 200
-                raise _refusal(response.status, text, headers)
-            response.read()
+                raise _refusal(answer.status, text, answer.headers)
         link.used = True
-        if response.will_close:
+        if answer.closes or link.holds_more:
             link.connection.close()
-        return headers
+            self._local.link = None
+        return answer.headers
 
-    def _receive(self, link: _Link, response: http.client.HTTPResponse, receiver: Receiver) -> None:
-        """Hand the body on; one that ends early is an error, which readinto passes over."""
-        expected, got = response.length, 0
-        view = memoryview(link.buffer)
-        while count := response.readinto(link.buffer):
-            self._limiter.take(count)
-            receiver.take(view[:count])
-            got += count
-        if expected is not None and got != expected:
-            raise _BrokenAnswerError(f"the answer ended after {got} of {expected} bytes")
+    def _receive(self, answer: _Answer, receiver: Receiver) -> None:
+        """Hand the body on."""
+        for block in answer.blocks():
+            self._limiter.take(len(block))
+            receiver.take(block)
 
 
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -955,6 +961,7 @@ def head_of(key: str, headers: Mapping[str, str]) -> ObjectHead:
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=1024)
 def _time(text: str) -> float:
     try:
         return email.utils.parsedate_to_datetime(text).timestamp()
@@ -1363,10 +1370,7 @@ def require_range(
     if not etag:
         raise _BrokenAnswerError("the answer has no ETag")
     if etag != head.etag:
-        raise IntegrityError(
-            f"{printable(head.key)} changed while it was fetched",
-            "run the same command again: it starts anew",
-        )
+        raise IntegrityError(f"{printable(head.key)} changed while it was fetched", AGAIN)
     found = re.match(r"bytes (\d+)-(\d+)", headers.get("content-range", ""))
     got = (int(found[1]), int(found[2]) + 1) if found else (0, head.size)
     if got != (start, end) or (status == 206 and not found):
@@ -1452,38 +1456,34 @@ class _Piece:
 
 
 class _Whole:
-    """A small object on its way into a file; its own answer says what it must be."""
+    """A small object, held in memory; its own answer says what it must be."""
 
-    def __init__(self, key: str, part: Path, stream: IO[bytes], advance: Advance) -> None:
-        self._key, self._part, self._stream, self._advance = key, part, stream, advance
-        self._got = 0
+    def __init__(self, key: str, advance: Advance) -> None:
+        self._key, self._advance = key, advance
+        self.content = bytearray()
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        """Start anew, whatever came before."""
+        """Look at what is promised."""
         if status != 200 or "content-range" in headers:
             raise _BrokenAnswerError("a part of the object came instead of all of it")
         self._head = head_of(self._key, headers)
-        self._verifier = _Verifier(self._head)
-        with local_errors(self._part):
-            self._stream.seek(0)
-            self._stream.truncate(0)
+        if self._head.size > PART_BYTES:
+            raise IntegrityError(f"{printable(self._key)} grew while it was fetched", AGAIN)
 
     def take(self, data: memoryview) -> None:
-        """Write what came."""
-        self._verifier.update(data)
-        self._got += len(data)
+        """Keep what came."""
+        self.content += data
         self._advance(len(data))
-        with local_errors(self._part):
-            write_all(self._stream, data)
 
     def finish(self) -> Stored:
         """Compare what came with what its answer promised."""
-        digest, head = self._verifier.confirm(), self._head
-        return Stored(head.key, self._got, self._got, digest, head.etag, self._verifier.how)
+        head, verifier, size = self._head, _Verifier(self._head), len(self.content)
+        verifier.update(self.content)
+        return Stored(head.key, size, size, verifier.confirm(), head.etag, verifier.how)
 
     def undo(self) -> None:
         """What a failed try has brought does not count."""
-        self._advance(-self._got)
+        self._advance(-len(self.content))
 
 
 class _Range:
@@ -1530,6 +1530,26 @@ def _rename(stream: IO[bytes], part: Path, target: Path) -> None:
     if os.name == "nt":  # which renames no open file
         stream.close()
     os.replace(part, target)
+
+
+def _place(content: bytearray, part: Path, target: Path) -> None:
+    """Make the target hold this content, from one moment to the next."""
+    try:
+        opened = open_for_update(part)
+    except FileNotFoundError:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        opened = open_for_update(part)
+    with opened as stream:
+        _lock(stream, part, target)
+        try:
+            write_all(stream, content)
+            if os.fstat(stream.fileno()).st_size != len(content):  # a killed run left more
+                stream.truncate(len(content))
+            _rename(stream, part, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
 
 
 class _ResumedError(Exception):
@@ -1680,6 +1700,10 @@ class _Arriving:
 # ── threads ──────────────────────────────────────────────────────────────────────────────────────
 
 
+GATHER_SECONDS = 0.005
+"""Results gather so long: to wake up for each takes the interpreter from those who work."""
+
+
 def _in_lanes(lanes: int, jobs: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
     """The results of `work` for all jobs, by several threads, as they come.
 
@@ -1709,6 +1733,8 @@ def _in_lanes(lanes: int, jobs: Iterable[T], work: Callable[[T], R]) -> Iterator
             failure = failure or error
             if not ended and failure is None:
                 yield result  # type: ignore[misc]  # R may well include None
+            if lanes and results.empty():
+                time.sleep(GATHER_SECONDS)
     finally:
         shared.stopped = True
     if failure:
@@ -1764,7 +1790,7 @@ class _Server:
 
     def small_lanes(self, near: int) -> int:
         """The same for many small objects: a far server needs more of them to be busy."""
-        far = (self._wire.round_trip or 0) > FAR_SECONDS
+        far = (self._wire.answer_seconds or 0) > FAR_SECONDS
         return self.settings.max_concurrency or (FAR_LANES if far else near)
 
     def ask(self, request: _Request, holding: str) -> bytes:
@@ -2594,6 +2620,7 @@ class Bucket:
         Paths are the caller's choice: `local_name()` keeps hostile keys inside a folder.
         """
         large: list[tuple[ObjectInfo, Path]] = []
+        room = _Room(IN_MEMORY_BYTES)
 
         def fetch(item: tuple[ObjectInfo, str | Path]) -> Outcome | None:
             info, path = item[0], Path(item[1])
@@ -2602,7 +2629,8 @@ class Bucket:
                 if info.size > PART_BYTES:
                     large.append((info, path))
                     return None
-                return self._get_small(info, path)
+                with room.taken(info.size):
+                    return self._get_small(info, path)
 
             return self._outcome(info.key, path, work)
 
@@ -2621,31 +2649,21 @@ class Bucket:
 
     def _get_small(self, info: ObjectInfo, target: Path) -> Stored:
         """One small object in one request: what its answer says of it is what it is checked by."""
-        part = target.with_name(part_name(target.name, f"{self._server.place}/{info.key}"))
-        with local_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open_for_update(part) as stream:
-                _lock(stream, part, target)
-                try:
-                    stored = self._receive_whole(info.key, part, stream)
-                    _rename(stream, part, target)
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        part.unlink()
-                    raise
-        return stored
 
-    def _receive_whole(self, key: str, part: Path, stream: IO[bytes]) -> Stored:
-        def attempt() -> Stored:
-            whole = _Whole(key, part, stream, self.progress.advance)
+        def attempt() -> tuple[Stored, bytearray]:
+            whole = _Whole(info.key, self.progress.advance)
             try:
-                self._server.receive_once(_Request("GET", key), whole)
-                return whole.finish()
+                self._server.receive_once(_Request("GET", info.key), whole)
+                return whole.finish(), whole.content
             except BaseException:
                 whole.undo()
                 raise
 
-        return self._server.patiently(attempt, "GetObject", key)
+        stored, content = self._server.patiently(attempt, "GetObject", info.key)
+        part = target.with_name(part_name(target.name, f"{self._server.place}/{info.key}"))
+        with local_errors(target):
+            _place(content, part, target)
+        return stored
 
     # ── streams of unknown size
 

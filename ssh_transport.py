@@ -52,10 +52,8 @@ from cloud_services import (
     NotFoundError,
     Progress,
     RateLimiter,
-    SSHSettings,
     TransferError,
     UsageError,
-    _port,
     file_sha256,
     in_background,
     list_hint,
@@ -63,8 +61,10 @@ from cloud_services import (
     lock_part,
     need,
     open_for_update,
+    port_number,
     printable,
 )
+from cloud_settings import SSHSettings
 from transfers import (
     ContentCheck,
     FileInfo,
@@ -363,8 +363,9 @@ class SSHConnection:
             user, _, host = name.strip().removeprefix("ssh://").rpartition("@")
             host, _, port = host.partition(":") if host.count(":") == 1 else (host, "", "")
             settings = dataclasses.replace(
-                self.settings, host=host, user=user or None, port=_port(port) if port else None,
-                identity=None, host_key=None, passphrase=None,
+                self.settings, host=host, user=user or None,
+                port=port_number(port) if port else None, identity=None, host_key=None,
+                passphrase=None,
             )  # fmt: skip
             jump = SSHConnection(settings, jump)
         return jump

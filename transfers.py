@@ -38,10 +38,10 @@ from cloud_services import (
     Packed,
     Plan,
     Progress,
-    SSHSettings,
     T,
     TransferError,
     UsageError,
+    cache_folder,
     extract_archive,
     file_sha256,
     free_space,
@@ -53,10 +53,13 @@ from cloud_services import (
     part_name,
     printable,
     read_blocks,
+    replacing,
     require_space,
+    timestamped,
     verify_archive,
     write_all,
 )
+from cloud_settings import SSHSettings
 
 # ── stores and lanes: where segments can be put and got ──────────────────────────────────────────
 
@@ -904,6 +907,22 @@ def _already_here(store: Store, remote: FileInfo, target: Path) -> Moved | None:
 
 Sender = Callable[[Store, Source, str, int, Progress], Moved]
 Fetcher = Callable[[Store, FileInfo, Path, Progress], Moved]
+
+
+@contextlib.contextmanager
+def pending_name(place: str, stem: str) -> Iterator[str]:
+    """The name of a new archive for `place`; that of a run that did not finish, to continue it."""
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
+    note = cache_folder() / "uploads" / f"{digest}.name"
+    with local_errors(note):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        name = note.read_text(encoding="ascii", errors="replace") if note.exists() else ""
+        if not re.fullmatch(r"\w+_\d{8}_\d{6}\.tar\.gz", name):
+            name = timestamped(stem)
+            with replacing(note) as stream:
+                stream.write(name.encode())
+    yield name
+    note.unlink(missing_ok=True)
 
 
 def open_store(settings: SSHSettings, method: str) -> Store:

@@ -39,6 +39,7 @@ from cloud_services import (
     UsageError,
     lock_part,
 )
+from cloud_settings import S3Settings
 from docker_images import HELD_BYTES, ImageName, ImageStore
 from tests.s3_servers import KEY_ID, REGION, SECRET, FaultProxy, RcloneServer, wait_for
 from tests.servers import find_program, require
@@ -83,7 +84,7 @@ NUMBERS = itertools.count()
 
 def open_bucket(url: str, prefix: str = "") -> s3.Bucket:
     """A bucket at an endpoint, with a prefix that no other test has."""
-    settings = s3.S3Settings.resolve(
+    settings = S3Settings.resolve(
         bucket="bucket", endpoint_url=url, access_key_id=KEY_ID, secret_access_key=SECRET,
         region=REGION, timeout=5.0, prefix=prefix or f"test{next(NUMBERS)}-{os.getpid()}",
     )  # fmt: skip
@@ -670,8 +671,8 @@ def test_what_another_tool_has_stored_is_loaded_and_the_weaker_check_is_named(
 EXPORT = """
 import sys
 sys.path.insert(0, {root!r})
-import cloud_services, docker_images, s3_transport
-settings = s3_transport.S3Settings.resolve(bucket="bucket", endpoint_url={url!r}, prefix={prefix!r},
+import cloud_services, cloud_settings, docker_images, s3_transport
+settings = cloud_settings.S3Settings.resolve(bucket="bucket", endpoint_url={url!r}, prefix={prefix!r},
     region={region!r}, access_key_id={key!r}, secret_access_key={secret!r})
 store = docker_images.ImageStore(s3_transport.Bucket(settings), settings.key("docker-images"))
 """

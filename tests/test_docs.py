@@ -23,9 +23,9 @@ from typing import cast
 import pytest
 
 import cloud_services
-import s3_transport
 import transfers
 from cloud_services import CloudError, ExitCode, build_parser
+from cloud_settings import S3Settings, SSHSettings, variables_of
 from docs.make_commands import PAGE, exit_code_meanings, render
 from tests.conftest import files, write_file
 from tests.local_hub import LocalHub
@@ -235,17 +235,15 @@ def test_the_exit_codes_are_explained_where_they_are_looked_for() -> None:
 
 def test_the_example_settings_are_the_settings_there_are() -> None:
     example = (ROOT / ".env.example").read_text(encoding="utf-8")
-    fields = dataclasses.fields(cloud_services.SSHSettings)
-    variables = {field.metadata["variable"] for field in fields if "variable" in field.metadata}
+    variables = {name for (name,) in variables_of(SSHSettings)}
     assert set(re.findall(r"^(PAPERSPACE_\w+)=", example, re.MULTILINE)) == variables
 
 
 def s3_variables() -> list[tuple[str, ...]]:
     """The variables of each S3 setting; several mean the same."""
-    fields = dataclasses.fields(s3_transport.S3Settings)
-    named = [field.metadata["variables"] for field in fields if "variables" in field.metadata]
-    keys = [field.name for field in fields if field.name.endswith(("_key", "_key_id", "_token"))]
-    return [*named, *((f"AWS_{name.upper()}",) for name in keys)]
+    names = [field.name for field in dataclasses.fields(S3Settings)]
+    keys = [name for name in names if name.endswith(("_key", "_key_id", "_token"))]
+    return [*variables_of(S3Settings), *((f"AWS_{name.upper()}",) for name in keys)]
 
 
 def test_the_example_settings_have_every_s3_setting_once() -> None:
@@ -262,15 +260,14 @@ def test_the_example_settings_change_nothing_before_they_are_filled_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    plain = s3_transport.S3Settings.resolve(bucket="your-bucket")
+    plain = S3Settings.resolve(bucket="your-bucket")
     (tmp_path / ".env").write_text((ROOT / ".env.example").read_text("utf-8"), "utf-8")
-    assert s3_transport.S3Settings.resolve(bucket="your-bucket") == plain
+    assert S3Settings.resolve(bucket="your-bucket") == plain
 
 
 def test_every_variable_named_in_the_docs_is_a_setting() -> None:
-    fields = dataclasses.fields(cloud_services.SSHSettings)
-    variables = {field.metadata.get("variable") for field in fields} | {"AWS_CA_BUNDLE"}
-    variables |= {name for names in s3_variables() for name in names}
+    variables = {name for names in s3_variables() for name in names} | {"AWS_CA_BUNDLE"}
+    variables |= {name for (name,) in variables_of(SSHSettings)}
     for page in PAGES:
         named = re.findall(r"PAPERSPACE_[A-Z]+|\b(?:AWS|S3)_[A-Z]\w+", page.read_text("utf-8"))
         assert set(named) <= variables, page.name

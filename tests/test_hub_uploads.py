@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 import cloud_services
-from cloud_services import HubSettings, HuggingFaceUploader
+from cloud_services import HuggingFaceUploader
+from cloud_settings import HubSettings
 from tests.conftest import files, make_hub_workspace, write_file
 from tests.local_hub import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, LocalHub
 from tests.servers import free_port
@@ -942,7 +943,7 @@ def test_without_huggingface_hub_the_pip_line_is_shown_before_anything_else(
     assert done.returncode == 0, done.stderr
 
 
-def test_the_module_copied_alone_says_which_file_it_lacks(
+def test_the_module_copied_alone_says_which_files_it_lacks(
     hub: LocalHub, repo: str, tmp_path: Path
 ) -> None:
     lonely = tmp_path / "lonely"
@@ -951,7 +952,9 @@ def test_the_module_copied_alone_says_which_file_it_lacks(
     program = str(lonely / "cloud_services.py")
     words = [sys.executable, program, "hf-upload-ticks", "--repo-id", repo]
     done = subprocess.run(words, env=hub.env(), capture_output=True, text=True)
-    refused(done, 3, "hf_transport")
+    refused(done, 3, "cloud_settings.py is not beside")
+    for name in ("cloud_settings.py", "hash_cache.py", "hub_sync.py"):
+        with_hint(done, f".*{name}")
 
 
 def test_no_token_is_exit_5_with_the_way_to_one(hub: LocalHub, repo: str) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import cloud_services
 import transfers
 from cloud_services import PaperspaceDownloader, PaperspaceUploader
+from cloud_settings import SSHSettings
 from tests.servers import SSHServer
 from tests.support import (
     ROOT,
@@ -514,7 +515,7 @@ def test_two_runs_that_write_one_file_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_no_passphrase_reaches_a_child_or_a_file(tmp_path: Path) -> None:
-    settings = cloud_services.SSHSettings.resolve(host="h", passphrase="hunter2")
+    settings = SSHSettings.resolve(host="h", passphrase="hunter2")
     assert settings.passphrase == "hunter2"
     uploader = PaperspaceUploader("h", passphrase="hunter2")
     assert "hunter2" not in repr(settings) + repr(vars(uploader))

@@ -43,6 +43,7 @@ from cloud_services import (
     UsageError,
     in_background,
 )
+from cloud_settings import S3Settings
 from tests.s3_servers import (
     KEY_ID,
     REGION,
@@ -115,7 +116,7 @@ def open_bucket(url: str, progress: Progress | None = None, **more: Any) -> s3.B
     """A bucket at an endpoint, with a prefix that no other test has."""
     more.setdefault("prefix", f"test{next(NUMBERS)}-{os.getpid()}")
     given = {"access_key_id": KEY_ID, "secret_access_key": SECRET, "region": REGION} | more
-    settings = s3.S3Settings.resolve(bucket="bucket", endpoint_url=url, **given)
+    settings = S3Settings.resolve(bucket="bucket", endpoint_url=url, **given)
     return s3.Bucket(settings, progress)
 
 
@@ -1004,7 +1005,8 @@ SIDE = """
 import sys
 sys.path.insert(0, {root!r})
 import s3_transport as s3
-bucket = s3.Bucket(s3.S3Settings.resolve(bucket="bucket", limit_rate=100_000_000))
+from cloud_settings import S3Settings
+bucket = s3.Bucket(S3Settings.resolve(bucket="bucket", limit_rate=100_000_000))
 print("ready", flush=True)
 {action}
 """
@@ -1274,7 +1276,7 @@ def test_a_denial_names_the_right_that_is_missing(
 def test_a_bucket_that_does_not_exist_is_said_to_be_missing(
     server: S3Server, tmp_path: Path
 ) -> None:
-    settings = s3.S3Settings.resolve(
+    settings = S3Settings.resolve(
         bucket="no-such-bucket", endpoint_url=server.url, region=REGION,
         access_key_id=KEY_ID, secret_access_key=SECRET,
     )  # fmt: skip
@@ -1422,7 +1424,7 @@ def test_a_flag_wins_over_the_environment_and_that_over_dotenv(
         "AWS_ACCESS_KEY_ID=dotenv-id\nAWS_SECRET_ACCESS_KEY=dotenv-secret\n"
         "AWS_MAX_ATTEMPTS=9\nAWS_S3_MAX_CONCURRENCY=7\nAWS_RETRY_MODE=adaptive\n"
     )
-    settings = s3.S3Settings.resolve()
+    settings = S3Settings.resolve()
     assert (settings.bucket, settings.prefix) == ("dotenv", "runs")
     assert settings.key("a", "b") == "runs/a/b"
     assert (settings.max_attempts, settings.max_concurrency) == (9, 7)
@@ -1430,11 +1432,11 @@ def test_a_flag_wins_over_the_environment_and_that_over_dotenv(
     monkeypatch.setenv("S3_BUCKET", "environment")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "environment-id")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3-only")
-    settings = s3.S3Settings.resolve()
+    settings = S3Settings.resolve()
     assert settings.bucket == "environment"
     assert settings.endpoint_url == "http://s3-only"
     assert settings.access_key_id is None  # keys of two places are never mixed
-    assert s3.S3Settings.resolve(bucket="s3://flag/deep", prefix="er").key("x") == "deep/er/x"
+    assert S3Settings.resolve(bucket="s3://flag/deep", prefix="er").key("x") == "deep/er/x"
 
 
 @pytest.mark.parametrize(
@@ -1445,17 +1447,17 @@ def test_a_flag_wins_over_the_environment_and_that_over_dotenv(
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_usage_errors(given: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as caught:
-        s3.S3Settings.resolve(**given)
+        S3Settings.resolve(**given)
     assert caught.value.hint
 
 
 def test_without_keys_the_error_says_where_they_could_come_from(tmp_path: Path) -> None:
-    settings = s3.S3Settings.resolve(bucket="bucket", endpoint_url="http://127.0.0.1:1")
+    settings = S3Settings.resolve(bucket="bucket", endpoint_url="http://127.0.0.1:1")
     with pytest.raises(AccessError, match="no credentials") as caught:
         s3.Bucket(settings)
     assert "AWS_ACCESS_KEY_ID" in caught.value.hint
     with pytest.raises(AccessError, match="nobody"):
-        s3.Bucket(s3.S3Settings.resolve(bucket="bucket", profile="nobody"))
+        s3.Bucket(S3Settings.resolve(bucket="bucket", profile="nobody"))
 
 
 def test_a_profile_and_a_config_file_are_boto3s_own_business(
@@ -1466,13 +1468,13 @@ def test_a_profile_and_a_config_file_are_boto3s_own_business(
         f"aws_access_key_id = {KEY_ID}\naws_secret_access_key = {SECRET}\n"
     )
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    bucket = s3.Bucket(s3.S3Settings.resolve(bucket="bucket", profile="work", prefix="profile"))
+    bucket = s3.Bucket(S3Settings.resolve(bucket="bucket", profile="work", prefix="profile"))
     bucket.put_bytes(b"x", bucket.key("a"))
     assert server.content("profile/a") == b"x"
 
 
 def test_on_aws_the_host_is_amazons(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = s3.S3Settings.resolve(
+    settings = S3Settings.resolve(
         bucket="mine", region="eu-west-1", access_key_id="AKIDAKIDAKIDAKID", secret_access_key="s"
     )
     access = s3._Access(settings)
@@ -1486,7 +1488,7 @@ def test_our_signature_is_the_one_that_botocore_makes(monkeypatch: pytest.Monkey
     auth: Any = importlib.import_module("botocore.auth")
     awsrequest: Any = importlib.import_module("botocore.awsrequest")
     keys: Any = importlib.import_module("botocore.credentials").Credentials
-    settings = s3.S3Settings.resolve(
+    settings = S3Settings.resolve(
         bucket="bucket", region="eu-west-1", endpoint_url="https://host.example",
         access_key_id="AKID", secret_access_key="SECRET", session_token="TOKEN",
     )  # fmt: skip

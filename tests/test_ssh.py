@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import cloud_services
 import ssh_transport
+from cloud_settings import SSHSettings
 from tests.servers import SSHServer, free_port, make_key, public_key, ssh_agent
 from tests.support import TOOL, cli, flags
 
@@ -200,7 +200,7 @@ def test_a_missing_key_file_is_named(server: SSHServer, tmp_path: Path) -> None:
 
 
 def test_settings_hide_the_passphrase() -> None:
-    settings = cloud_services.SSHSettings(passphrase="hunter2")
+    settings = SSHSettings(passphrase="hunter2")
     assert "hunter2" not in repr(settings)
 
 
@@ -411,7 +411,7 @@ def test_a_server_that_offers_nothing_usable_says_so(tmp_path: Path) -> None:
 def test_aes_gcm_is_negotiated(server: SSHServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    settings = cloud_services.SSHSettings(
+    settings = SSHSettings(
         server.host, user=server.user, port=server.port, identity=str(server.identity)
     )
     connection = ssh_transport.SSHConnection(settings)
