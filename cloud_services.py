@@ -487,6 +487,22 @@ def cache_folder() -> Path:
     return Path(base) / "cloud_services"
 
 
+NOTES_FOLDER = "uploads"
+
+
+def make_notes_folder() -> Path:
+    """Where uploads note what has arrived: without it they could not be continued."""
+    folder = cache_folder() / NOTES_FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AccessError(
+            f"{printable(folder)} cannot be made: {error.strerror}",
+            "choose a folder that can be written to: export XDG_CACHE_HOME=/tmp/cache",
+        ) from error
+    return folder
+
+
 # ── plan ─────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -46,6 +46,7 @@ from cloud_services import (
     FLUSH_SEGMENTS,
     KIB,
     MIB,
+    NOTES_FOLDER,
     SAME_COMMAND,
     AccessError,
     Advance,
@@ -67,6 +68,7 @@ from cloud_services import (
     is_unfinished,
     local_errors,
     lock_part,
+    make_notes_folder,
     need,
     open_for_update,
     part_name,
@@ -96,16 +98,21 @@ STREAM_PART_BYTES = 16 * MIB
 MAX_PARTS = 10_000
 MAX_COPY_BYTES = 5 * 1024 * MIB  # of one CopyObject
 COPY_PART_BYTES = 512 * MIB
-SEND_LANES, FETCH_LANES, STREAM_LANES = 6, 6, 3
+SEND_LANES, STREAM_LANES = 6, 3
 """Requests under way at once for one large object."""
 
-SMALL_SEND_LANES, SMALL_FETCH_LANES, FAR_LANES = 16, 4, 32
-"""Requests under way at once for many small objects; the last is for servers that are far away.
+FETCH_LANES = 2, 6
+"""The same for fetching one: where the server answers at once, and where it is far away.
 
-Threads that only wait for each other cost time: near a server, fewer of them fetch more.
+Threads that wait for each other only cost time: near a server, few of them fetch the most.
 """
 
-FAR_SECONDS = 0.005
+SMALL_LANES = 3, 32
+"""The same for many small objects, either way."""
+
+OWN_SECONDS = 0.0005
+"""About what a small object takes us: while a server thinks as long, one more can be under way."""
+
 IN_MEMORY_BYTES = 48 * MIB
 """So much of small files is held in memory at once, however many requests are under way."""
 
@@ -834,7 +841,7 @@ class _Wire:
         if request.method in ("PUT", "POST"):
             lines.append(f"content-length: {length}")
         text = "\r\n".join([*lines, "", ""])
-        if len(text.splitlines()) != len(lines) + 1:
+        if text.count("\r") + text.count("\n") != 2 * (len(lines) + 1):
             raise ValueError("a header holds the end of a line")
         return text.encode("iso-8859-1")
 
@@ -1164,8 +1171,8 @@ class _UploadNotes:
     def __init__(self, place: str, size: int = 0, sha256: str = "", part_bytes: int = 0) -> None:
         self._header = json.dumps([place, size, sha256, part_bytes])
         self.path = self.path_for(place)
+        make_notes_folder()
         with local_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = open_for_update(self.path)
             try:
                 _lock(self._stream, self.path, place)
@@ -1185,7 +1192,7 @@ class _UploadNotes:
     def path_for(place: str) -> Path:
         """Where the journal for an object is."""
         name = hashlib.sha256(place.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        return cache_folder() / "uploads" / f"{name}.journal"
+        return cache_folder() / NOTES_FOLDER / f"{name}.journal"
 
     @staticmethod
     def _noted(lines: Sequence[str]) -> dict[int, _SentPart]:
@@ -1274,9 +1281,9 @@ class _LocalFile:
         return digest.hexdigest()
 
 
-def _lock(stream: IO[bytes], path: Path, shown: object) -> None:
+def _lock(stream: IO[bytes], path: str | Path, shown: object) -> None:
     """Refuse what another run is writing, and what it has finished in this very moment."""
-    lock_part(stream, Path(str(shown)))
+    lock_part(stream, shown if isinstance(shown, Path) else Path(str(shown)))
     with contextlib.suppress(OSError):
         if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
             return
@@ -1456,34 +1463,39 @@ class _Piece:
 
 
 class _Whole:
-    """A small object, held in memory; its own answer says what it must be."""
+    """A small object on its way into a file; its own answer says what it must be."""
 
-    def __init__(self, key: str, advance: Advance) -> None:
-        self._key, self._advance = key, advance
-        self.content = bytearray()
+    def __init__(self, key: str, part: str, stream: IO[bytes], advance: Advance) -> None:
+        self._key, self._part, self._stream, self._advance = key, part, stream, advance
+        self._got = 0
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        """Look at what is promised."""
+        """Start anew, whatever came before."""
         if status != 200 or "content-range" in headers:
             raise _BrokenAnswerError("a part of the object came instead of all of it")
         self._head = head_of(self._key, headers)
-        if self._head.size > PART_BYTES:
-            raise IntegrityError(f"{printable(self._key)} grew while it was fetched", AGAIN)
+        self._verifier = _Verifier(self._head)
+        with local_errors(self._part):
+            if os.fstat(self._stream.fileno()).st_size:
+                self._stream.seek(0)
+                self._stream.truncate(0)
 
     def take(self, data: memoryview) -> None:
-        """Keep what came."""
-        self.content += data
+        """Write what came."""
+        self._verifier.update(data)
+        self._got += len(data)
         self._advance(len(data))
+        with local_errors(self._part):
+            write_all(self._stream, data)
 
     def finish(self) -> Stored:
         """Compare what came with what its answer promised."""
-        head, verifier, size = self._head, _Verifier(self._head), len(self.content)
-        verifier.update(self.content)
-        return Stored(head.key, size, size, verifier.confirm(), head.etag, verifier.how)
+        digest, head = self._verifier.confirm(), self._head
+        return Stored(head.key, self._got, self._got, digest, head.etag, self._verifier.how)
 
     def undo(self) -> None:
         """What a failed try has brought does not count."""
-        self._advance(-len(self.content))
+        self._advance(-self._got)
 
 
 class _Range:
@@ -1525,31 +1537,20 @@ class _Range:
             self._target.arrived(index)
 
 
-def _rename(stream: IO[bytes], part: Path, target: Path) -> None:
+def _rename(stream: IO[bytes], part: str | Path, target: Path) -> None:
     """Give a locked file its final name."""
     if os.name == "nt":  # which renames no open file
         stream.close()
     os.replace(part, target)
 
 
-def _place(content: bytearray, part: Path, target: Path) -> None:
-    """Make the target hold this content, from one moment to the next."""
+def _open_part(part: str) -> IO[bytes]:
+    """Open a file that arrives; its folder is looked after only where it is missing."""
     try:
-        opened = open_for_update(part)
+        return open_for_update(part)
     except FileNotFoundError:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        opened = open_for_update(part)
-    with opened as stream:
-        _lock(stream, part, target)
-        try:
-            write_all(stream, content)
-            if os.fstat(stream.fileno()).st_size != len(content):  # a killed run left more
-                stream.truncate(len(content))
-            _rename(stream, part, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                part.unlink()
-            raise
+        os.makedirs(os.path.dirname(part), exist_ok=True)
+        return open_for_update(part)
 
 
 class _ResumedError(Exception):
@@ -1784,14 +1785,10 @@ class _Server:
         """What tells this bucket from all others."""
         return f"{self.access.endpoint}/{self.settings.bucket}"
 
-    def lanes(self, usual: int) -> int:
-        """How many requests for one object may be under way at once."""
-        return self.settings.max_concurrency or usual
-
-    def small_lanes(self, near: int) -> int:
-        """The same for many small objects: a far server needs more of them to be busy."""
-        far = (self._wire.answer_seconds or 0) > FAR_SECONDS
-        return self.settings.max_concurrency or (FAR_LANES if far else near)
+    def lanes(self, near: int, most: int = 0) -> int:
+        """How many requests may be under way at once: up to `most` where answers take time."""
+        more = round((self._wire.answer_seconds or 0) / OWN_SECONDS)
+        return self.settings.max_concurrency or max(near, min(near + more, most))
 
     def ask(self, request: _Request, holding: str) -> bytes:
         """One request whose answer is a document with this element; the document."""
@@ -2484,7 +2481,7 @@ class Bucket:
 
             return self._outcome(key, path, work)
 
-        yield from filter(None, _in_lanes(self._server.small_lanes(SMALL_SEND_LANES), items, send))
+        yield from filter(None, _in_lanes(self._server.lanes(*SMALL_LANES), items, send))
         for path, key in large:
             outcome = self._outcome(
                 key, path,
@@ -2561,7 +2558,7 @@ class Bucket:
         counted.add(held)
         try:
             for _ in _in_lanes(
-                self._server.lanes(FETCH_LANES), arriving.missing(),
+                self._server.lanes(*FETCH_LANES), arriving.missing(),
                 lambda piece: self._fetch(head, piece),
             ):  # fmt: skip
                 pass
@@ -2620,7 +2617,6 @@ class Bucket:
         Paths are the caller's choice: `local_name()` keeps hostile keys inside a folder.
         """
         large: list[tuple[ObjectInfo, Path]] = []
-        room = _Room(IN_MEMORY_BYTES)
 
         def fetch(item: tuple[ObjectInfo, str | Path]) -> Outcome | None:
             info, path = item[0], Path(item[1])
@@ -2629,14 +2625,11 @@ class Bucket:
                 if info.size > PART_BYTES:
                     large.append((info, path))
                     return None
-                with room.taken(info.size):
-                    return self._get_small(info, path)
+                return self._get_small(info, path)
 
             return self._outcome(info.key, path, work)
 
-        yield from filter(
-            None, _in_lanes(self._server.small_lanes(SMALL_FETCH_LANES), items, fetch)
-        )
+        yield from filter(None, _in_lanes(self._server.lanes(*SMALL_LANES), items, fetch))
         for info, path in large:
             outcome = self._outcome(
                 info.key, path,
@@ -2649,21 +2642,30 @@ class Bucket:
 
     def _get_small(self, info: ObjectInfo, target: Path) -> Stored:
         """One small object in one request: what its answer says of it is what it is checked by."""
-
-        def attempt() -> tuple[Stored, bytearray]:
-            whole = _Whole(info.key, self.progress.advance)
+        folder, name = os.path.split(target)
+        part = os.path.join(folder, part_name(name, f"{self._server.place}/{info.key}"))
+        with local_errors(target), _open_part(part) as stream:
+            _lock(stream, part, target)
             try:
-                self._server.receive_once(_Request("GET", info.key), whole)
-                return whole.finish(), whole.content
+                stored = self._receive_whole(info.key, part, stream)
+                _rename(stream, part, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(part)
+                raise
+        return stored
+
+    def _receive_whole(self, key: str, part: str, stream: IO[bytes]) -> Stored:
+        def attempt() -> Stored:
+            whole = _Whole(key, part, stream, self.progress.advance)
+            try:
+                self._server.receive_once(_Request("GET", key), whole)
+                return whole.finish()
             except BaseException:
                 whole.undo()
                 raise
 
-        stored, content = self._server.patiently(attempt, "GetObject", info.key)
-        part = target.with_name(part_name(target.name, f"{self._server.place}/{info.key}"))
-        with local_errors(target):
-            _place(content, part, target)
-        return stored
+        return self._server.patiently(attempt, "GetObject", key)
 
     # ── streams of unknown size
 
@@ -2762,7 +2764,7 @@ class Bucket:
             self._server.exchange(_Request("DELETE", key))
             return Outcome(key, Path(), Stored(key, 0, 0, "", "", ""), None)
 
-        return _in_lanes(self._server.small_lanes(SMALL_SEND_LANES), keys, remove)
+        return _in_lanes(self._server.lanes(*SMALL_LANES), keys, remove)
 
     # ── what servers can do
 

@@ -41,13 +41,13 @@ from cloud_services import (
     T,
     TransferError,
     UsageError,
-    cache_folder,
     extract_archive,
     file_sha256,
     free_space,
     in_background,
     local_errors,
     lock_part,
+    make_notes_folder,
     open_for_update,
     pack,
     part_name,
@@ -913,9 +913,8 @@ Fetcher = Callable[[Store, FileInfo, Path, Progress], Moved]
 def pending_name(place: str, stem: str) -> Iterator[str]:
     """The name of a new archive for `place`; that of a run that did not finish, to continue it."""
     digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
-    note = cache_folder() / "uploads" / f"{digest}.name"
+    note = make_notes_folder() / f"{digest}.name"
     with local_errors(note):
-        note.parent.mkdir(parents=True, exist_ok=True)
         name = note.read_text(encoding="ascii", errors="replace") if note.exists() else ""
         if not re.fullmatch(r"\w+_\d{8}_\d{6}\.tar\.gz", name):
             name = timestamped(stem)

@@ -647,6 +647,20 @@ def test_the_check_up_says_what_works_and_how_to_mend_the_rest(rclone: RcloneSer
     assert command("s3-check", AWS_ENDPOINT_URL="http://127.0.0.1:1").returncode != 0
 
 
+def test_without_a_folder_for_notes_a_large_upload_says_so_and_a_small_one_works(
+    rclone: RcloneServer,
+) -> None:
+    Path("blocked").write_bytes(b"")
+    blocked = {"XDG_CACHE_HOME": str(Path("blocked").absolute())}
+    large = random_file(Path("large.ckpt"), LARGE)
+    done = command("s3-upload-checkpoint", large, **blocked)
+    assert done.returncode == 5, done.stderr
+    assert "uploads cannot be made" in done.stderr
+    assert "XDG_CACHE_HOME=" in done.stderr
+    done = command("s3-upload-checkpoint", checkpoint("small.ckpt", b"few bytes"), **blocked)
+    assert done.returncode == 0, done.stderr
+
+
 def test_secrets_show_up_nowhere(rclone: RcloneServer) -> None:
     secret = "q8Hn3-not-to-be-seen"
     for words in (("s3-check", "-v"), ("s3-list-checkpoints", "-v", "--json")):

@@ -7,11 +7,13 @@ import dataclasses
 import datetime as dt
 import errno
 import hashlib
+import http.client
 import itertools
 import logging
 import os
 import random
 import signal
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -42,6 +44,7 @@ from cloud_services import (
     TransferError,
     UsageError,
     in_background,
+    part_name,
 )
 from cloud_settings import S3Settings
 from tests.s3_servers import (
@@ -998,6 +1001,207 @@ def test_two_runs_do_not_fetch_into_the_same_file(
 
 
 # ---------------------------------------------------------------------------
+# Many small objects
+# ---------------------------------------------------------------------------
+
+
+def many(server: S3Server, bucket: s3.Bucket, count: int) -> dict[s3.ObjectInfo, bytes]:
+    """Small objects, each with its digest noted, and what they hold."""
+    wanted = {bucket.key(f"{n % 3}/f{n}"): random_bytes(5000 + n, n) for n in range(count)}
+    for key, content in wanted.items():
+        bucket.put_bytes(content, key)
+    return {info: wanted[info.key] for info in bucket.list(bucket.key() + "/")}
+
+
+def test_of_many_the_one_that_was_damaged_on_the_way_back_is_an_error_and_no_file(
+    server: S3Server, proxy: FaultProxy, spoiled: s3.Bucket, tmp_path: Path
+) -> None:
+    wanted = many(server, spoiled, 40)
+    bad = spoiled.key("1/f7")
+    proxy.fail("flip_response", method="GET", path=bad, after=4321)
+    items = [(info, tmp_path / s3.local_name(info.key, spoiled.key() + "/")) for info in wanted]
+    counter = spoiled.progress = Counter()
+    outcomes = {outcome.key: outcome for outcome in spoiled.get_many(items)}
+    assert isinstance(outcomes[bad].error, IntegrityError)
+    assert [key for key, outcome in outcomes.items() if outcome.error] == [bad]
+    here = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert here == {path: wanted[info] for info, path in items if info.key != bad}
+    assert counter.total == sum(map(len, here.values()))
+
+
+def test_of_many_the_one_that_was_damaged_on_the_way_there_is_sent_again(
+    server: S3Server, proxy: FaultProxy, spoiled: s3.Bucket, tmp_path: Path
+) -> None:
+    files = {spoiled.key(str(n)): random_file(tmp_path / str(n), 5000, n) for n in range(20)}
+    rule = proxy.fail("flip_request", method="PUT", path=spoiled.key("7"), after=4321)
+    always = proxy.fail(
+        "flip_request", method="PUT", path=spoiled.key("9"), after=4321, times=ALWAYS
+    )
+    outcomes = {o.key: o for o in spoiled.put_many((path, key) for key, path in files.items())}
+    assert (rule.hits, always.hits) == (1, 5)
+    assert isinstance(outcomes.pop(spoiled.key("9")).error, IntegrityError)
+    assert server.content(spoiled.key("9")) is None
+    for key, outcome in outcomes.items():
+        assert outcome.stored
+        assert server.content(key) == files[key].read_bytes()
+
+
+def test_many_small_objects_travel_over_a_few_kept_connections_without_a_question(
+    server: S3Server, proxy: FaultProxy, spoiled: s3.Bucket, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    opened, connect = itertools.count(), s3._Access.connect
+
+    def counted(access: s3._Access) -> http.client.HTTPConnection:
+        next(opened)
+        return connect(access)
+
+    monkeypatch.setattr(s3._Access, "connect", counted)
+    files = [(random_file(tmp_path / str(n), 100, n), spoiled.key(str(n))) for n in range(100)]
+    assert all(outcome.stored for outcome in spoiled.put_many(files))
+    infos = list(spoiled.list(spoiled.key()))
+    assert all(o.stored for o in spoiled.get_many((i, tmp_path / "to" / i.key) for i in infos))
+    assert next(opened) <= 65
+    assert {(seen.operation, seen.status) for seen in proxy.log} == {
+        ("PUT", 200), ("GET list-type", 200), ("GET", 200),
+    }  # fmt: skip
+    assert (len(proxy.seen("PUT")), len(proxy.seen("GET"))) == (100, 100)
+
+
+def test_a_slow_server_is_asked_for_more_at_once(bucket: s3.Bucket) -> None:
+    wire = bucket._server._wire
+    lanes = []
+    for wire.answer_seconds in (None, 0.0001, 0.002, 0.02, 5.0):
+        lanes.append(bucket._server.lanes(3, 32))
+    assert lanes == [3, 3, 7, 32, 32]
+
+
+def test_a_link_in_the_place_of_a_file_is_replaced_and_never_followed(
+    server: S3Server, bucket: s3.Bucket, tmp_path: Path
+) -> None:
+    [(info, content)] = many(server, bucket, 1).items()
+    other = random_file(tmp_path / "other", 10)
+    before = other.read_bytes()
+    for target in (other, tmp_path / "nowhere", tmp_path):
+        link = tmp_path / "link"
+        link.symlink_to(target)
+        [outcome] = bucket.get_many([(info, link)])
+        assert outcome.stored
+        assert not link.is_symlink()
+        assert link.read_bytes() == content
+        link.unlink()
+    assert other.read_bytes() == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_what_a_killed_run_left_of_a_small_file_is_not_taken_for_a_part_of_it(
+    server: S3Server, bucket: s3.Bucket, tmp_path: Path
+) -> None:
+    [(info, content)] = many(server, bucket, 1).items()
+    part = tmp_path / part_name("a", f"{bucket._server.place}/{info.key}")
+    part.write_bytes(random_bytes(20_000))
+    [outcome] = bucket.get_many([(info, tmp_path / "a")])
+    assert outcome.stored
+    assert (tmp_path / "a").read_bytes() == content
+    assert not part.exists()
+
+
+def test_an_answer_that_ends_early_is_asked_for_again_from_its_start(
+    server: S3Server, proxy: FaultProxy, spoiled: s3.Bucket, tmp_path: Path
+) -> None:
+    [(info, content)] = many(server, spoiled, 1).items()
+    counter = spoiled.progress = Counter()
+    rule = proxy.fail("cut_response", method="GET", path=info.key, after=3000, times=2)
+    [outcome] = spoiled.get_many([(info, tmp_path / "a")])
+    assert outcome.stored
+    assert (tmp_path / "a").read_bytes() == content
+    assert (rule.hits, counter.total) == (2, len(content))
+
+
+# ---------------------------------------------------------------------------
+# Answers of all kinds
+# ---------------------------------------------------------------------------
+
+OK = b"HTTP/1.1 200 OK\r\n"
+LISTING = b"<ListBucketResult><Contents><Key>%s</Key><ETag>e</ETag><Size>1</Size><LastModified>\
+2026-01-01T00:00:00Z</LastModified></Contents></ListBucketResult>"
+
+
+@contextlib.contextmanager
+def server_that_says(*answers: bytes) -> Iterator[str]:
+    """The address of a server that gives these answers, one to each request, and hangs up."""
+    left = list(answers)
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while left and self.rfile.readline():
+                while self.rfile.readline() not in (b"\r\n", b""):
+                    pass
+                answer = left.pop(0)
+                self.wfile.write(answer)
+                if b"ength" not in answer and b"hunked" not in answer:
+                    return
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as listener:
+        listener.daemon_threads = True
+        threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{listener.server_address[1]}"
+        listener.shutdown()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        OK + b"content-length: %d\r\n\r\n%s",
+        OK + b"CONTENT-LENGTH:   %d  \r\nConnection: close\r\n\r\n%s",
+        OK + b"X-Bytes: %d\r\n\r\n%s",
+        b"HTTP/1.0 200\r\nX-Bytes: %d\r\n\r\n%s",
+        b"HTTP/1.1 100 Continue\r\n\r\n" + OK + b"Content-Length: %d\r\n\r\n%s",
+        OK + b"Content-Length: %d\r\n\r\n%smore than that\r\n",
+    ],
+    ids=["plain", "blanks", "no length", "old", "go on", "more"],
+)
+def test_an_answer_is_understood_in_all_ways_it_can_be_told(head: bytes) -> None:
+    text = LISTING % b"one"
+    with server_that_says(head % (len(text), text), head % (len(text), text)) as url:
+        bucket = open_bucket(url, timeout=3, max_attempts=1)
+        for _ in range(2):
+            assert [info.key for info in bucket.list()] == ["one"]
+
+
+def test_an_answer_in_chunks_is_put_together() -> None:
+    text = LISTING % (b"k" * 300_000)
+    pieces = [text[:1], text[1:70_000], text[70_000:]]
+    chunks = b"".join(b"%X;note=1\r\n%s\r\n" % (len(piece), piece) for piece in pieces)
+    answer = OK + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + b"0\r\nTrailer: 1\r\n\r\n"
+    with server_that_says(answer, answer) as url:
+        bucket = open_bucket(url, timeout=3, max_attempts=1)
+        for _ in range(2):
+            assert [len(info.key) for info in bucket.list()] == [300_000]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"", b"HTTP/1.1", b"SSH-2.0-OpenSSH_9.6\r\n\r\n", b"HTTP/1.1 2000 OK\r\n\r\n",
+        OK + b"Content-Length: -1\r\n\r\n", OK + b"Content-Length: ten\r\n\r\n",
+        OK + b"Content-Length: 999\r\n\r\n" + LISTING, OK + b"X: " + b"x" * 2**20,
+        OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", LISTING,
+        OK + b"Transfer-Encoding: chunked\r\n\r\n%X\r\n%s" % (len(LISTING) + 1, LISTING),
+    ],
+)  # fmt: skip
+def test_an_answer_that_makes_no_sense_is_a_lost_link(answer: bytes) -> None:
+    with server_that_says(answer) as url, pytest.raises(LinkLostError):
+        list(open_bucket(url, timeout=3, max_attempts=1).list())
+
+
+def test_no_header_can_smuggle_another_one_in(bucket: s3.Bucket) -> None:
+    request = s3._Request("GET", "a", {"if-match": '"etag"\r\nx-amz-acl: public-read'})
+    with pytest.raises(ValueError, match="end of a line"):
+        s3._Wire._head(bucket._server.access, request, 0)
+
+
+# ---------------------------------------------------------------------------
 # Killed at any moment
 # ---------------------------------------------------------------------------
 
@@ -1099,7 +1303,7 @@ def test_downloads_killed_at_random_moments_end_in_the_same_content(
         assert (into / "a").read_bytes() == content
         assert [path.name for path in into.iterdir()] == ["a"]
         # Beyond a piece of a segment per lane, sockets hold what was sent and never read.
-        assert proxy.down <= size + kills * s3.FETCH_LANES * 8 * MIB
+        assert proxy.down <= size + kills * s3.FETCH_LANES[1] * 8 * MIB
         proxy.forget()
         (into / "a").unlink()
     assert loop.kills == KILLS
