@@ -1840,6 +1840,7 @@ class HuggingFaceUploader:
         """
         require_installed("huggingface_hub")
         from cloud_settings import HubSettings
+        from hf_transport import HubRepo
         from hub_sync import HubSender
 
         self.settings = HubSettings.resolve(
@@ -1847,8 +1848,8 @@ class HuggingFaceUploader:
         )
         self.workspace, self.exclude = Path(workspace), tuple(exclude)
         self._sender = HubSender(
-            self.settings, private, create, tag, self.exclude, delete, parquet, card, dry_run,
-            progress or Progress(), approve,
+            HubRepo(self.settings), private, create, tag, self.exclude, delete, parquet, card,
+            dry_run, progress or Progress(), approve,
         )  # fmt: skip
 
     def upload_hf_ticks(
@@ -1947,13 +1948,14 @@ class HuggingFaceDownloader:
         only, fetch nothing. settings: fields of HubSettings (endpoint, timeout).
         """
         from cloud_settings import HubSettings
+        from hf_transport import HubRepo
         from hub_sync import HubReceiver
 
         self.settings = HubSettings.resolve(
             repo_id=repo_id, token=token, repo_type=repo_type, revision=revision, **settings
         )
         self._receiver = HubReceiver(
-            self.settings, tuple(include), tuple(exclude), force, verify, dry_run,
+            HubRepo(self.settings), tuple(include), tuple(exclude), force, verify, dry_run,
             progress or Progress(),
         )  # fmt: skip
 

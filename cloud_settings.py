@@ -9,13 +9,12 @@ library.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import posixpath
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from cloud_services import (
@@ -32,47 +31,51 @@ MAX_ATTEMPTS = 5
 ENDPOINT = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^/\s@:?#\[\]]+)(:\d{1,5})?(/[^\s@?#]*)?")
 
 
-def _from(*variables: str, default: Any = None, secret: bool = False) -> Any:
-    """A dataclass field that falls back to environment variables, then `.env`, then `default`."""
-    return dataclasses.field(default=default, repr=not secret, metadata={"variables": variables})
+Variables = Mapping[str, tuple[str, ...]]
+"""The environment variables of a setting, by its name; several mean the same."""
+
+HIDDEN = {
+    "passphrase", "ask_passphrase", "token", "access_key_id", "secret_access_key", "session_token"
+}  # fmt: skip
 
 
-def _hidden() -> Any:
-    return dataclasses.field(default=None, repr=False)
-
-
-def variables_of(settings: type) -> list[tuple[str, ...]]:
-    """The variables of each setting that has any; several of one setting mean the same."""
-    return [names for field in dataclasses.fields(settings) if (names := _variables(field))]
-
-
-def _variables(field: dataclasses.Field[Any]) -> tuple[str, ...]:
-    return tuple(field.metadata.get("variables", ()))
-
-
-def _found(settings: type, given: Mapping[str, Any], dotenv: Mapping[str, str]) -> dict[str, Any]:
+def _found(
+    variables: Variables, given: Mapping[str, Any], dotenv: Mapping[str, str]
+) -> dict[str, Any]:
     """The given values, and for the others what the environment or `.env` say."""
     values = {name: value for name, value in given.items() if value is not None}
-    for field in dataclasses.fields(settings):
-        said = (source.get(name) for source in (os.environ, dotenv) for name in _variables(field))
-        if field.name not in values and (value := next(filter(None, said), None)):
-            values[field.name] = value.strip()
+    for name, several in variables.items():
+        said = (source.get(variable) for source in (os.environ, dotenv) for variable in several)
+        if name not in values and (value := next(filter(None, said), None)):
+            values[name] = value.strip()
     return values
+
+
+def _shown(settings: Any) -> str:
+    """A repr without secrets."""
+    fields = settings._asdict().items()
+    shown = ", ".join(f"{name}={value!r}" for name, value in fields if name not in HIDDEN)
+    return f"{type(settings).__name__}({shown})"
 
 
 # ── SSH ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclasses.dataclass(frozen=True)
-class SSHSettings:
+SSH_VARIABLES: Variables = {
+    name: (f"PAPERSPACE_{name.upper()}",)
+    for name in ("host", "path", "user", "port", "identity", "passphrase")
+}
+
+
+class SSHSettings(NamedTuple):
     """How to reach a server. None means: as ~/.ssh/config or the default says."""
 
-    host: str = _from("PAPERSPACE_HOST", default="paperspace.com")
-    path: str = _from("PAPERSPACE_PATH", default="/storage/")
-    user: str | None = _from("PAPERSPACE_USER")
-    port: int | None = _from("PAPERSPACE_PORT")
-    identity: str | None = _from("PAPERSPACE_IDENTITY")
-    passphrase: str | None = _from("PAPERSPACE_PASSPHRASE", secret=True)
+    host: str = "paperspace.com"
+    path: str = "/storage/"
+    user: str | None = None
+    port: int | None = None
+    identity: str | None = None
+    passphrase: str | None = None
     streams: int | None = None
     """Parallel SFTP channels; None: as the direction and the round-trip time ask for."""
     limit_rate: int | None = None
@@ -82,21 +85,25 @@ class SSHSettings:
     """The expected host key's fingerprint, as ssh-keygen -l prints it: SHA256:…"""
     timeout: float = STALL_SECONDS
     """Seconds without any sign of life after which the link counts as dead."""
-    ask_passphrase: Callable[[str], str] | None = dataclasses.field(default=None, repr=False)
+    ask_passphrase: Callable[[str], str] | None = None
     """Called with a key's path when it is encrypted and no agent holds it."""
 
     @classmethod
     def resolve(cls, **given: Any) -> SSHSettings:
         """Settings from `given` arguments, then the environment, then `.env`, then defaults."""
-        values = _found(cls, given, dotenv_settings())
+        values = _found(SSH_VARIABLES, given, dotenv_settings())
         if "@" in (host := str(values.get("host", ""))):
             user, values["host"] = host.rsplit("@", 1)
             values["user"] = given.get("user") or user
         if "port" in values:
             values["port"] = port_number(values["port"])
-        return cls(**values)
+        return cls(**values).checked()
 
-    def __post_init__(self) -> None:
+    def __repr__(self) -> str:
+        return _shown(self)
+
+    def checked(self) -> SSHSettings:
+        """Itself. Raises UsageError or AccessError for what cannot be used."""
         for name, value in (("host", self.host), ("user", self.user)):
             if value is not None and not re.fullmatch(r"[\w.:%+][\w.:%+@$-]*", value):
                 raise UsageError(
@@ -110,19 +117,22 @@ class SSHSettings:
             )
         if not self.path:
             raise UsageError("--path is empty", "use --path /storage/")
+        return self
 
 
 # ── Hugging Face ─────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclasses.dataclass(frozen=True)
-class HubSettings:
+HUB_VARIABLES: Variables = {"token": ("HF_TOKEN",), "endpoint": ("HF_ENDPOINT",)}
+
+
+class HubSettings(NamedTuple):
     """Which repository on the Hugging Face Hub, and who asks for it."""
 
     repo_id: str
     repo_type: str = "dataset"
-    token: str | None = _from("HF_TOKEN", secret=True)
-    endpoint: str = _from("HF_ENDPOINT", default="https://huggingface.co")
+    token: str | None = None
+    endpoint: str = "https://huggingface.co"
     revision: str = "main"
     """A branch; for downloads also a tag or a commit."""
     timeout: float = STALL_SECONDS
@@ -131,11 +141,15 @@ class HubSettings:
     @classmethod
     def resolve(cls, **given: Any) -> HubSettings:
         """Settings from `given` arguments, then the environment, `.env`, the stored login."""
-        values = _found(cls, given, dotenv_settings())
+        values = _found(HUB_VARIABLES, given, dotenv_settings())
         values["token"] = values.get("token") or _stored_hub_token()
-        return cls(**values)
+        return cls(**values).checked()
 
-    def __post_init__(self) -> None:
+    def __repr__(self) -> str:
+        return _shown(self)
+
+    def checked(self) -> HubSettings:
+        """Itself. Raises UsageError or AccessError for what cannot be used."""
         if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", self.repo_id, re.ASCII) or re.search(
             r"\.\.|--|(^|/)[.-]|[.-](/|$)|\.git$", self.repo_id
         ):
@@ -155,6 +169,7 @@ class HubSettings:
                 "HF_ENDPOINT is no http address of a Hub",
                 "unset HF_ENDPOINT, or set it to https://host",
             )
+        return self
 
 
 def _is_web_address(text: str) -> bool:
@@ -177,28 +192,43 @@ def _stored_hub_token() -> str | None:
 # ── S3 ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclasses.dataclass(frozen=True)
-class S3Settings:
+S3_VARIABLES: Variables = {
+    "bucket": ("S3_BUCKET",),
+    "prefix": ("S3_PREFIX",),
+    "endpoint_url": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+    "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+    "profile": ("AWS_PROFILE",),
+    "max_concurrency": ("AWS_S3_MAX_CONCURRENCY",),
+    "max_attempts": ("AWS_MAX_ATTEMPTS",),
+    "retry_mode": ("AWS_RETRY_MODE",),
+}
+S3_KEY_VARIABLES: Variables = {
+    name: (f"AWS_{name.upper()}",)
+    for name in ("access_key_id", "secret_access_key", "session_token")
+}
+
+
+class S3Settings(NamedTuple):
     """Which bucket, and how to reach it. None means: as boto3's own chain or the default says."""
 
-    bucket: str = _from("S3_BUCKET", default="")
-    prefix: str = _from("S3_PREFIX", default="")
-    endpoint_url: str | None = _from("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    region: str | None = _from("AWS_REGION", "AWS_DEFAULT_REGION")
-    profile: str | None = _from("AWS_PROFILE")
-    max_concurrency: int | None = _from("AWS_S3_MAX_CONCURRENCY")
+    bucket: str = ""
+    prefix: str = ""
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+    max_concurrency: int | None = None
     """Requests under way at once; None: as the size of the objects asks for."""
-    max_attempts: int = _from("AWS_MAX_ATTEMPTS", default=MAX_ATTEMPTS)
-    retry_mode: str | None = _from("AWS_RETRY_MODE")
+    max_attempts: int = MAX_ATTEMPTS
+    retry_mode: str | None = None
     """All modes wait ever longer, by chance, and all requests slow down when one is told to."""
     limit_rate: int | None = None
     """Bytes per second, over all connections."""
     timeout: float = STALL_SECONDS
     """Seconds without a byte after which a connection counts as dead."""
-    access_key_id: str | None = _hidden()
+    access_key_id: str | None = None
     """Only from an argument or `.env`: what the environment holds boto3 finds itself."""
-    secret_access_key: str | None = _hidden()
-    session_token: str | None = _hidden()
+    secret_access_key: str | None = None
+    session_token: str | None = None
 
     @classmethod
     def resolve(cls, **given: Any) -> S3Settings:
@@ -206,24 +236,31 @@ class S3Settings:
         dotenv = dotenv_settings()
         if str(given.get("bucket") or "").startswith("s3://"):  # a whole address, as it was given
             given["prefix"] = given.get("prefix") or ""
-        values = _found(cls, given, dotenv)
+        values = _found(S3_VARIABLES, given, dotenv)
         chosen = given.get("profile") or any(
             os.environ.get(name) for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID")
         )
         if not chosen and "access_key_id" not in values:
-            for name in ("access_key_id", "secret_access_key", "session_token"):
-                values[name] = dotenv.get(f"AWS_{name.upper()}") or None
+            for name, (variable,) in S3_KEY_VARIABLES.items():
+                values[name] = dotenv.get(variable) or None
         for name in ("max_concurrency", "max_attempts"):
             if name in values:
                 values[name] = _count(values[name], name)
-        return cls(**values)
+        return cls(**values).placed().checked()
 
-    def __post_init__(self) -> None:
+    def __repr__(self) -> str:
+        return _shown(self)
+
+    def placed(self) -> S3Settings:
+        """With bucket and prefix taken from s3://bucket/folder."""
+        if not self.bucket.startswith("s3://"):
+            return self._replace(prefix=self.prefix.strip("/"))
         bucket, _, folder = self.bucket.removeprefix("s3://").partition("/")
-        if self.bucket.startswith("s3://"):
-            object.__setattr__(self, "bucket", bucket)
-            object.__setattr__(self, "prefix", posixpath.join(folder, self.prefix.strip("/")))
-        object.__setattr__(self, "prefix", self.prefix.strip("/"))
+        prefix = posixpath.join(folder, self.prefix.strip("/"))
+        return self._replace(bucket=bucket, prefix=prefix.strip("/"))
+
+    def checked(self) -> S3Settings:
+        """Itself. Raises UsageError or AccessError for what cannot be used."""
         if not self.bucket:
             raise UsageError("no bucket is named", "name one with --bucket, or S3_BUCKET in .env")
         if not re.fullmatch(r"arn:[\w:/.-]+|[A-Za-z0-9][\w.-]{1,254}", self.bucket):
@@ -243,6 +280,7 @@ class S3Settings:
             raise UsageError("a rate limit must be positive", "use --limit-rate 10M")
         if self.timeout <= 0:
             raise UsageError("a timeout must be positive", f"use --timeout {STALL_SECONDS:g}")
+        return self
 
     def key(self, *names: str) -> str:
         """The full key of a name below the prefix."""

@@ -8,7 +8,6 @@ huggingface_hub's `create_commit`, which knows LFS and Xet, in bounded commits o
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import email.message
 import functools
 import hashlib
@@ -518,7 +517,7 @@ class HubRepo:
     """One repository on the Hub. Nothing is asked before the first method is called."""
 
     def __init__(self, settings: HubSettings) -> None:
-        self.settings = dataclasses.replace(settings, endpoint=settings.endpoint.rstrip("/"))
+        self.settings = settings._replace(endpoint=settings.endpoint.rstrip("/"))
         self.wire = _Wire(self.settings)
         self.name = settings.repo_id
         self.url = f"{self.settings.endpoint}/{_prefix(settings)}{settings.repo_id}"
@@ -688,8 +687,7 @@ class Upload(NamedTuple):
         return known or hashes.sha256(self.source)
 
 
-@dataclasses.dataclass(frozen=True)
-class UploadPlan:
+class UploadPlan(NamedTuple):
     """The difference between local files and a repository at one commit."""
 
     steps: tuple[Step, ...]

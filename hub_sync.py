@@ -7,7 +7,6 @@ bytes. It imports this file when a hf-command runs.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import posixpath
@@ -149,11 +148,10 @@ class _Seen(NamedTuple):
     """Name → commit; only asked for when a tag is to be made."""
 
 
-@dataclasses.dataclass(frozen=True)
-class HubSender:
+class HubSender(NamedTuple):
     """Sends folders to one repository; the fields are those of HuggingFaceUploader()."""
 
-    settings: HubSettings
+    repo: HubRepo
     private: bool | None
     create: bool
     tag: str | None
@@ -164,10 +162,6 @@ class HubSender:
     dry_run: bool
     progress: Progress
     approve: Callable[[UploadPlan], None] | None
-
-    @functools.cached_property
-    def _repo(self) -> HubRepo:
-        return HubRepo(self.settings)
 
     def send(
         self, kind: HubKind, make_plan: Callable[[], Plan], message: str,
@@ -197,8 +191,8 @@ class HubSender:
         steps = compare_upload(uploads, seen.files, hashes, seen.commit, goes)
         self._require_free_tag(seen, steps.busy)
         result = HubUploadResult(
-            self.settings.repo_id, self._repo.url, steps.commit,
-            _restore_line(kind.name, self.settings), steps.steps,
+            self.repo.settings.repo_id, self.repo.url, steps.commit,
+            _restore_line(kind.name, self.repo.settings), steps.steps,
         )  # fmt: skip
         if self.dry_run:
             return result
@@ -210,14 +204,14 @@ class HubSender:
         wants_card = self.card and (steps.busy or "README.md" not in seen.files)
         make_card = functools.partial(self._card, kind, plan, uploads, hashes)
         run = UploadRun(
-            self._repo, uploads, hashes, message, make_card if wants_card else None, self.progress
+            self.repo, uploads, hashes, message, make_card if wants_card else None, self.progress
         )
         commit = seen.commit
         if steps.busy or wants_card:
             commit = run.carry_out(steps, seen.files)
             run.verify(commit)
         if self.tag and self.tag not in seen.tags:
-            self._repo.call("create_tag", tag=self.tag, revision=commit, exist_ok=True)
+            self.repo.call("create_tag", tag=self.tag, revision=commit, exist_ok=True)
         return result._replace(
             commit=commit, commits=len(run.commits), sent_files=run.sent_files,
             sent_bytes=run.sent_bytes, deleted=len(steps.paths("delete")),
@@ -270,46 +264,46 @@ class HubSender:
 
     def _look(self) -> _Seen:
         """What the repository holds; nothing, when it or the branch has to be made."""
-        if not self.settings.token:
+        if not self.repo.settings.token:
             raise AccessError(
                 "an upload needs a Hugging Face token",
-                f"make one at {self.settings.endpoint}/settings/tokens: export HF_TOKEN=…",
+                f"make one at {self.repo.settings.endpoint}/settings/tokens: export HF_TOKEN=…",
             )
         try:
-            private = self._repo.is_private()
+            private = self.repo.is_private()
             if self.private and not private:
                 raise RefusedError(
-                    f"{self.settings.repo_id} is public; --private is for a new repository",
+                    f"{self.repo.settings.repo_id} is public; --private is for a new repository",
                     "make it private in its settings on the Hub, or leave out --private",
                 )
-            self._repo.require_writable()
-            commit = self._repo.head()
+            self.repo.require_writable()
+            commit = self.repo.head()
         except NotFoundError:
             if not self.create:
                 raise
             return _Seen("", {}, {})
         if self.private is False and private:
             log.warning(
-                "%s is private and stays so: --public is for a new repository", self._repo.name
+                "%s is private and stays so: --public is for a new repository", self.repo.name
             )
-        return _Seen(commit, self._repo.files(commit), self._repo.tags() if self.tag else {})
+        return _Seen(commit, self.repo.files(commit), self.repo.tags() if self.tag else {})
 
     def _require_free_tag(self, seen: _Seen, busy: bool) -> None:
         """A tag may name the commit that is there already, not one that is about to be left."""
         named = seen.tags.get(self.tag or "")
         if named and (busy or named != seen.commit):
             raise RefusedError(
-                f"the tag {printable(self.tag)} names another commit of {self._repo.name}",
+                f"the tag {printable(self.tag)} names another commit of {self.repo.name}",
                 "choose another --tag",
             )
 
     def _create(self) -> _Seen:
         """Make the repository, a private one unless asked otherwise, and the branch."""
-        self._repo.call("create_repo", private=self.private is not False, exist_ok=True)
-        if self.settings.revision != "main":
-            self._repo.call("create_branch", branch=self.settings.revision, exist_ok=True)
-        commit = self._repo.head()
-        return _Seen(commit, self._repo.files(commit), {})
+        self.repo.call("create_repo", private=self.private is not False, exist_ok=True)
+        if self.repo.settings.revision != "main":
+            self.repo.call("create_branch", branch=self.repo.settings.revision, exist_ok=True)
+        commit = self.repo.head()
+        return _Seen(commit, self.repo.files(commit), {})
 
     def _card(
         self, kind: HubKind, plan: Plan, uploads: Sequence[Upload], hashes: HashCache,
@@ -325,9 +319,9 @@ class HubSender:
             configs = [CardConfig("default", tables)] if tables else []
         files = [CardFile(u.path, u.size, u.sha256(hashes)) for u in uploads]
         return merged_card(
-            existing, title=f"{kind.title}: {self.settings.repo_id.partition('/')[2]}",
+            existing, title=f"{kind.title}: {self.repo.settings.repo_id.partition('/')[2]}",
             summary=f"{kind.title} sent by cloud_services.", configs=configs, files=files,
-            section=kind.name, restore=_restore_line(kind.name, self.settings),
+            section=kind.name, restore=_restore_line(kind.name, self.repo.settings),
         )  # fmt: skip
 
 
@@ -381,11 +375,10 @@ def _restore_line(kind: str, settings: HubSettings) -> str:
 # ── downloads ────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclasses.dataclass(frozen=True)
-class HubReceiver:
+class HubReceiver(NamedTuple):
     """Fetches folders of one repository; the fields are those of HuggingFaceDownloader()."""
 
-    settings: HubSettings
+    repo: HubRepo
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     force: bool
@@ -396,14 +389,13 @@ class HubReceiver:
     def receive(self, kind: HubKind, folder: Path) -> HubDownloadResult:
         """Compare, fetch and verify one kind of data, all of it from one commit."""
         started = time.monotonic()
-        repo = HubRepo(self.settings)
-        commit = repo.head()
-        downloads = self._wanted(kind, folder, repo.files_below(kind.root, commit), repo.url)
+        commit = self.repo.head()
+        downloads = self._wanted(kind, folder, self.repo.files_below(kind.root, commit))
         with open_hash_cache() as hashes:
             hashes.load(folder)
             steps = compare_download(downloads, hashes, self.force)
             result = HubDownloadResult(
-                self.settings.repo_id, commit, folder, tuple(steps), dry_run=self.dry_run,
+                self.repo.settings.repo_id, commit, folder, tuple(steps), dry_run=self.dry_run,
                 seconds=time.monotonic() - started,
             )  # fmt: skip
             if self.verify:
@@ -412,7 +404,7 @@ class HubReceiver:
             if self.dry_run:
                 return result
             _require_no_local_change(steps, folder)
-            fetcher = Fetcher(repo, commit, hashes, self.progress)
+            fetcher = Fetcher(self.repo, commit, hashes, self.progress)
             todo = [d for d, s in zip(downloads, steps, strict=True) if s.action == "fetch"]
             fetcher.fetch(todo)
         if fetcher.failures and (len(todo) == 1 or len(fetcher.failures) == len(todo)):
@@ -424,7 +416,7 @@ class HubReceiver:
         )  # fmt: skip
 
     def _wanted(
-        self, kind: HubKind, folder: Path, remote: Mapping[str, RemoteFile], url: str
+        self, kind: HubKind, folder: Path, remote: Mapping[str, RemoteFile]
     ) -> list[Download]:
         """The files of this kind that the patterns let through, each with its place here."""
         wanted: dict[str, Download] = {}
@@ -433,10 +425,10 @@ class HubReceiver:
             if not name or not self._let_through(name):
                 continue
             if reason := unsafe_name(name):
-                raise IntegrityError(f"{self.settings.repo_id}: {printable(path)!r} {reason}")
+                raise IntegrityError(f"{self.repo.settings.repo_id}: {printable(path)!r} {reason}")
             if folded(name) in wanted:
                 raise IntegrityError(
-                    f"{self.settings.repo_id}: two files become {printable(name)} here",
+                    f"{self.repo.settings.repo_id}: two files become {printable(name)} here",
                     "fetch them one by one with --include, each into its own --local-dir",
                 )
             wanted[folded(name)] = Download(file, folder / name)
@@ -444,8 +436,8 @@ class HubReceiver:
             kinds = ", ".join(f"{remote}…" for remote, _ in kind.places)
             chosen = " that the patterns let through" if self.include or self.exclude else ""
             raise NotFoundError(
-                f"{self.settings.repo_id} holds no {kind.title.lower()}{chosen} ({kinds})",
-                f"look at {url}",
+                f"{self.repo.settings.repo_id} holds no {kind.title.lower()}{chosen} ({kinds})",
+                f"look at {self.repo.url}",
             )
         return list(wanted.values())
 

@@ -1967,7 +1967,7 @@ class _Server:
                 return bool(region) and region == self.access.region != self.settings.region
             self._redirected = True
             log.warning("the bucket is in %s: --region %s saves a detour", region, region)
-            self.access = _Access(dataclasses.replace(self.settings, region=region))
+            self.access = _Access(self.settings._replace(region=region))
             self._wire.access = self.access
             return True
 

@@ -8,7 +8,6 @@ needs a server, and works without it for archives and mounted folders.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fnmatch
 import glob
 import importlib
@@ -306,7 +305,7 @@ class SSHConnection:
             if locked is None or self.settings.passphrase or not self.settings.ask_passphrase:
                 raise
             passphrase = self.settings.ask_passphrase(locked)
-            self.settings = dataclasses.replace(self.settings, passphrase=passphrase)
+            self.settings = self.settings._replace(passphrase=passphrase)
             return self._connect(passphrase)
 
     def _connect(self, passphrase: str | None) -> paramiko.SSHClient:
@@ -362,8 +361,8 @@ class SSHConnection:
                 continue
             user, _, host = name.strip().removeprefix("ssh://").rpartition("@")
             host, _, port = host.partition(":") if host.count(":") == 1 else (host, "", "")
-            settings = dataclasses.replace(
-                self.settings, host=host, user=user or None,
+            settings = self.settings._replace(
+                host=host, user=user or None,
                 port=port_number(port) if port else None, identity=None, host_key=None,
                 passphrase=None,
             )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import dataclasses
 import importlib
 import importlib.util
 import io
@@ -25,7 +24,7 @@ import pytest
 import cloud_services
 import transfers
 from cloud_services import CloudError, ExitCode, build_parser
-from cloud_settings import S3Settings, SSHSettings, variables_of
+from cloud_settings import S3_KEY_VARIABLES, S3_VARIABLES, SSH_VARIABLES, S3Settings
 from docs.make_commands import PAGE, exit_code_meanings, render
 from tests.conftest import files, write_file
 from tests.local_hub import LocalHub
@@ -235,15 +234,13 @@ def test_the_exit_codes_are_explained_where_they_are_looked_for() -> None:
 
 def test_the_example_settings_are_the_settings_there_are() -> None:
     example = (ROOT / ".env.example").read_text(encoding="utf-8")
-    variables = {name for (name,) in variables_of(SSHSettings)}
+    variables = {name for (name,) in SSH_VARIABLES.values()}
     assert set(re.findall(r"^(PAPERSPACE_\w+)=", example, re.MULTILINE)) == variables
 
 
 def s3_variables() -> list[tuple[str, ...]]:
     """The variables of each S3 setting; several mean the same."""
-    names = [field.name for field in dataclasses.fields(S3Settings)]
-    keys = [name for name in names if name.endswith(("_key", "_key_id", "_token"))]
-    return [*variables_of(S3Settings), *((f"AWS_{name.upper()}",) for name in keys)]
+    return [*S3_VARIABLES.values(), *S3_KEY_VARIABLES.values()]
 
 
 def test_the_example_settings_have_every_s3_setting_once() -> None:
@@ -267,7 +264,7 @@ def test_the_example_settings_change_nothing_before_they_are_filled_in(
 
 def test_every_variable_named_in_the_docs_is_a_setting() -> None:
     variables = {name for names in s3_variables() for name in names} | {"AWS_CA_BUNDLE"}
-    variables |= {name for (name,) in variables_of(SSHSettings)}
+    variables |= {name for (name,) in SSH_VARIABLES.values()}
     for page in PAGES:
         named = re.findall(r"PAPERSPACE_[A-Z]+|\b(?:AWS|S3)_[A-Z]\w+", page.read_text("utf-8"))
         assert set(named) <= variables, page.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime as dt
 import errno
 import hashlib
@@ -1751,7 +1750,7 @@ def test_many_items_are_pulled_as_they_are_needed(bucket: s3.Bucket, tmp_path: P
 
 
 def test_a_limited_rate_is_kept_in_both_directions(bucket: s3.Bucket, tmp_path: Path) -> None:
-    limited = s3.Bucket(dataclasses.replace(bucket.settings, limit_rate=20_000_000))
+    limited = s3.Bucket(bucket.settings._replace(limit_rate=20_000_000))
     file = random_file(tmp_path / "a", 10_000_000)
     actions: list[Callable[[], object]] = [
         lambda: limited.put_file(file, bucket.key("a")),
