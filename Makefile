@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test servers lint bench docs clean
+.PHONY: setup demo test servers lint bench docs picture clean
 
 setup: $(VENV)/.installed
 
@@ -17,7 +17,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	touch $@
 
 demo: setup
-	./scripts/demo.sh
+	$(BIN)/python cloud_services.py quickstart
 
 servers:
 	./scripts/install_test_servers.sh
@@ -36,5 +36,8 @@ bench: servers $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/make_commands.py
 
+picture: $(VENV)/.installed-dev
+	$(BIN)/python docs/make_picture.py
+
 clean:
-	rm -rf .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1453,6 +1453,8 @@ if TYPE_CHECKING:
 SATELLITES = (
     "cloud_settings", "transfers", "ssh_transport", "hash_cache", "hf_transport", "hub_sync",
     "hub_cards", "s3_transport", "s3_mirror", "s3_checkpoints", "s3_results", "docker_images",
+    "metrics_commands", "metrics_runs", "ssh_tunnel", "tensorboard_views", "wandb_runs",
+    "cloud_jobs",
 )  # fmt: skip
 """Modules beside this one, imported by the methods that need them."""
 
@@ -2363,8 +2365,25 @@ class Command(NamedTuple):
         """The first line of the help."""
         return self.text.split("\n")[0].rstrip(".")
 
+    def loaded(self) -> Command:
+        """Itself."""
+        return self
 
-COMMANDS: dict[str, Command] = {}
+
+class LaterCommand(NamedTuple):
+    """A subcommand that a satellite registers: starting up costs less without its arguments."""
+
+    name: str
+    summary: str
+    module: str
+
+    def loaded(self) -> Command:
+        """The command, from its module."""
+        importlib.import_module(self.module)
+        return COMMANDS[self.name].loaded()
+
+
+COMMANDS: dict[str, Command | LaterCommand] = {}
 
 
 def command(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
@@ -2377,6 +2396,11 @@ def command(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
     return register
 
 
+def all_commands() -> list[Command]:
+    """Every subcommand, those of the satellites included."""
+    return [entry.loaded() for entry in list(COMMANDS.values())]
+
+
 class Outcome(NamedTuple):
     """What a command has to say: rows for people, a document for scripts, the next command."""
 
@@ -2385,6 +2409,10 @@ class Outcome(NamedTuple):
     lines: Iterable[str] = ()
     next_command: str = ""
     exit_code: ExitCode = ExitCode.DONE
+
+
+SHOWN = Outcome(None)
+"""Of a command that has said everything while it ran."""
 
 
 class Console:
@@ -2436,6 +2464,8 @@ class Console:
 
     def show(self, outcome: Outcome) -> None:
         """Print a result: one JSON document, or rows and lines."""
+        if outcome is SHOWN:
+            return
         if self.json:
             print(json.dumps(_plain(outcome.document), indent=2))
             return
@@ -2449,6 +2479,11 @@ class Console:
         if outcome.next_command:
             sys.stdout.flush()
             self.note(f"next: {outcome.next_command}")
+
+    def show_now(self, outcome: Outcome) -> None:
+        """Print what is known while the command goes on."""
+        with _written_out():
+            self.show(outcome)
 
     def show_error(self, error: CloudError) -> None:
         """One clear line and a hint on stderr; a document on stdout for scripts."""
@@ -2569,10 +2604,10 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     named = next((word for word in words or () if not word.startswith("-")), "")
     if words is not None and named not in COMMANDS:  # the names are enough for help and for errors
-        for entry in COMMANDS.values():
-            subparsers.add_parser(entry.name, help=entry.summary, add_help=False)
+        for known in COMMANDS.values():
+            subparsers.add_parser(known.name, help=known.summary, add_help=False)
         return parser
-    for entry in [COMMANDS[named]] if named else COMMANDS.values():
+    for entry in (COMMANDS[named].loaded(),) if named else all_commands():
         subparser = subparsers.add_parser(
             entry.name, help=entry.summary, description=_dedent(entry.text), parents=[common],
             formatter_class=_HelpFormatter, allow_abbrev=False,
@@ -2586,7 +2621,7 @@ def _dedent(docstring: str) -> str:
     return "\n".join(line.removeprefix("    ") for line in docstring.split("\n"))
 
 
-def _checked(parse: Callable[[str], T]) -> Callable[[str], T]:
+def checked(parse: Callable[[str], T]) -> Callable[[str], T]:
     """An argparse type whose UsageError becomes argparse's message."""
 
     def convert(text: str) -> T:
@@ -2619,7 +2654,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def parse_seconds(text: str) -> float:
+    """A number of seconds, 1 at least."""
     try:
         value = float(text)
     except ValueError:
@@ -2654,7 +2690,7 @@ CONNECTION = (
     Argument("--user", help="the login there (PAPERSPACE_USER; default: as ssh would)"),
     Argument(
         "--port",
-        type=_checked(port_number),
+        type=checked(port_number),
         help="the SSH port (PAPERSPACE_PORT; default: as ssh would)",
     ),
     Argument(
@@ -2672,7 +2708,7 @@ CONNECTION = (
     ),
     Argument(
         "--timeout",
-        type=_checked(_seconds),
+        type=checked(parse_seconds),
         metavar="SECONDS",
         help="silence after which the link is dead (default: 60)",
     ),
@@ -2680,13 +2716,13 @@ CONNECTION = (
 TUNING = (
     Argument(
         "--streams",
-        type=_checked(_positive),
+        type=checked(_positive),
         metavar="N",
         help="parallel SFTP channels (default: 1 to 3 on a near server, 4 to 9 on a far one)",
     ),
     Argument(
         "--limit-rate",
-        type=_checked(parse_size),
+        type=checked(parse_size),
         metavar="RATE",
         help="at most this many bytes per second, such as 20M",
     ),
@@ -2748,7 +2784,7 @@ def upload_training(args: argparse.Namespace, console: Console) -> Outcome:
     The archive gets its name on the server after its SHA-256 was compared there. When the transfer
     is interrupted, the same command continues it and sends only what is missing.
     """
-    uploader = PaperspaceUploader(path=args.path, **_connection(args, console))
+    uploader = PaperspaceUploader(path=args.path, **connection_settings(args, console))
     archive = Path(args.archive) if args.archive else _agreed_training_plan(args, console)
     if args.dry_run:
         where = f"{uploader.settings.host}:{uploader.settings.path} by {args.method}"
@@ -2778,7 +2814,7 @@ def upload_training(args: argparse.Namespace, console: Console) -> Outcome:
 )
 def list_remote_files(args: argparse.Namespace, console: Console) -> Outcome:
     """List files on the server: size in bytes, time, name; folders end in a slash."""
-    downloader = PaperspaceDownloader(path=args.path, **_connection(args, console))
+    downloader = PaperspaceDownloader(path=args.path, **connection_settings(args, console))
     found = downloader.list_paperspace_files(method=args.method)
     width = max((len(str(info.size)) for info in found), default=0)
     lines = [
@@ -2824,7 +2860,7 @@ def download_results(args: argparse.Namespace, console: Console) -> Outcome:
     A file gets its name here after its SHA-256 was compared with the server's. When the transfer is
     interrupted, the same command continues it and fetches only what is missing.
     """
-    downloader = PaperspaceDownloader(**_connection(args, console))
+    downloader = PaperspaceDownloader(**connection_settings(args, console))
     if args.dry_run:
         found = downloader.find_results(args.path, args.method, args.newest)
         lines = [f"{info.size:>14}  {printable(info.path)}" for info in found]
@@ -3054,15 +3090,15 @@ S3 = (
     Argument("--region", help="the region (AWS_DEFAULT_REGION; default: as boto3 would)"),
     Argument("--profile", help="a profile of ~/.aws (AWS_PROFILE)"),
     Argument(
-        "--max-concurrency", type=_checked(_positive), metavar="N",
+        "--max-concurrency", type=checked(_positive), metavar="N",
         help="requests at once (AWS_S3_MAX_CONCURRENCY; default: by size and distance)",
     ),
     Argument(
-        "--limit-rate", type=_checked(parse_size), metavar="RATE",
+        "--limit-rate", type=checked(parse_size), metavar="RATE",
         help="at most this many bytes per second, such as 20M",
     ),
     Argument(
-        "--timeout", type=_checked(_seconds), metavar="SECONDS",
+        "--timeout", type=checked(parse_seconds), metavar="SECONDS",
         help="silence after which a connection is dead (default: 60)",
     ),
 )  # fmt: skip
@@ -3090,7 +3126,7 @@ def s3_upload_checkpoint(args: argparse.Namespace, console: Console) -> Outcome:
     Unchanged content is not sent, and content that is there under another name (last.ckpt) is
     copied by the server. A large file continues where an earlier run stopped.
     """
-    return _s3_outcome(_s3(args, console).upload_checkpoint(args.file))
+    return _s3_outcome(s3_sync(args, console).upload_checkpoint(args.file))
 
 
 @command("s3-list-checkpoints", *S3)
@@ -3099,7 +3135,7 @@ def s3_list_checkpoints(args: argparse.Namespace, console: Console) -> Outcome:
 
     Step and epoch come from the name, or from the file itself when it was sent from here.
     """
-    found = _s3(args, console).list_checkpoints()
+    found = s3_sync(args, console).list_checkpoints()
     width = max((len(str(one.size)) for one in found), default=0)
     lines = [
         f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one.mtime))}  {one.size:>{width}}  "
@@ -3125,7 +3161,7 @@ def _progress_text(one: Checkpoint) -> str:
 )  # fmt: skip
 def s3_download_checkpoint(args: argparse.Namespace, console: Console) -> Outcome:
     """Fetch one checkpoint; it gets its name after its SHA-256 was compared."""
-    return _s3_outcome(_s3(args, console).download_checkpoint(args.name, args.local_dir))
+    return _s3_outcome(s3_sync(args, console).download_checkpoint(args.name, args.local_dir))
 
 
 @command("s3-download-latest", BY, _local_dir("checkpoints"), *S3)
@@ -3134,13 +3170,13 @@ def s3_download_latest(args: argparse.Namespace, console: Console) -> Outcome:
 
     A damaged or partial one is passed over, and named.
     """
-    return _s3_outcome(_s3(args, console).download_latest(args.local_dir, args.by))
+    return _s3_outcome(s3_sync(args, console).download_latest(args.local_dir, args.by))
 
 
 @command(
     "s3-prune-checkpoints",
     Argument(
-        "--keep", type=_checked(_count), required=True, metavar="N", help="keep the newest N"
+        "--keep", type=checked(_count), required=True, metavar="N", help="keep the newest N"
     ),
     Argument("--by", default="", metavar="METRIC", help="keep the best by this metric, too"),
     DRY_RUN, *S3,
@@ -3150,7 +3186,7 @@ def s3_prune_checkpoints(args: argparse.Namespace, console: Console) -> Outcome:
 
     The newest N stay, the best by --by, and whatever last.ckpt holds.
     """
-    result = _s3(args, console).prune_checkpoints(args.keep, args.by)
+    result = s3_sync(args, console).prune_checkpoints(args.keep, args.by)
     verb = "would be removed" if result.dry_run else "removed"
     lines = [f"{verb}  {printable(name)}" for name in result.removed]
     rows = [("kept", f"{len(result.kept)} checkpoints"), (verb, f"{len(result.removed)}")]
@@ -3187,7 +3223,7 @@ def s3_resume(args: argparse.Namespace, console: Console) -> Outcome:
             )
         return Outcome({"path": chosen}, lines=[chosen])
     try:
-        fetched = _s3(args, console).download_latest(args.local_dir, args.by)
+        fetched = s3_sync(args, console).download_latest(args.local_dir, args.by)
     except NothingYetError:
         if not args.allow_fresh:
             raise
@@ -3201,7 +3237,7 @@ def s3_resume(args: argparse.Namespace, console: Console) -> Outcome:
     Argument("folder", metavar="DIR", help="the logs of one run, such as lightning_logs/version_3"),
     Argument("--run", metavar="NAME", help="the run (default: the folder's name)"),
     Argument(
-        "--watch", type=_checked(_seconds), metavar="SECONDS",
+        "--watch", type=checked(parse_seconds), metavar="SECONDS",
         help="look again every so often, until interrupted",
     ),
     DRY_RUN, *S3,
@@ -3211,7 +3247,7 @@ def s3_upload_logs(args: argparse.Namespace, console: Console) -> Outcome:
 
     A file that grows meanwhile is sent as it was at one moment. Checkpoints and *.tmp stay out.
     """
-    sync = _s3(args, console)
+    sync = s3_sync(args, console)
     if not args.watch:
         return _s3_mirror_outcome(sync.upload_logs(args.folder, args.run), console)
     try:
@@ -3245,7 +3281,7 @@ def _look_once(sync: S3Sync, args: argparse.Namespace, console: Console) -> None
 )  # fmt: skip
 def s3_download_logs(args: argparse.Namespace, console: Console) -> Outcome:
     """Fetch the logs of one run, or of all, into a folder for TensorBoard."""
-    result = _s3(args, console).download_logs(args.run, args.local_dir, args.delete)
+    result = s3_sync(args, console).download_logs(args.run, args.local_dir, args.delete)
     return _s3_mirror_outcome(result, console)
 
 
@@ -3263,7 +3299,7 @@ def s3_upload_dataset(args: argparse.Namespace, console: Console) -> Outcome:
     What differs is decided by size and SHA-256, not by time. Secrets stay out. The same command
     continues what was interrupted.
     """
-    result = _s3(args, console).upload_dataset(
+    result = s3_sync(args, console).upload_dataset(
         args.folder, args.name, include=args.include, exclude=args.exclude, delete=args.delete,
         checksum=args.checksum,
     )  # fmt: skip
@@ -3280,7 +3316,7 @@ def s3_upload_dataset(args: argparse.Namespace, console: Console) -> Outcome:
 )  # fmt: skip
 def s3_download_dataset(args: argparse.Namespace, console: Console) -> Outcome:
     """Mirror datasets/<name>/ of the bucket into a folder here."""
-    result = _s3(args, console).download_dataset(
+    result = s3_sync(args, console).download_dataset(
         args.name, args.local_dir, include=args.include, exclude=args.exclude, delete=args.delete,
         checksum=args.checksum,
     )  # fmt: skip
@@ -3290,7 +3326,7 @@ def s3_download_dataset(args: argparse.Namespace, console: Console) -> Outcome:
 @command("s3-upload-training", *TICKS, WORKSPACE, EXCLUDE, ARCHIVE, DRY_RUN, *S3)
 def s3_upload_training(args: argparse.Namespace, console: Console) -> Outcome:
     """Pack the training data and store it in training/, in one pass; or store an archive."""
-    sync = _s3(args, console)
+    sync = s3_sync(args, console)
     archive = Path(args.archive) if args.archive else _agreed_training_plan(args, console)
     return _s3_archive_outcome(sync, archive, "training", console)
 
@@ -3298,7 +3334,7 @@ def s3_upload_training(args: argparse.Namespace, console: Console) -> Outcome:
 @command("s3-upload-results", WORKSPACE, EXCLUDE, ARCHIVE, DRY_RUN, *S3)
 def s3_upload_results(args: argparse.Namespace, console: Console) -> Outcome:
     """Pack the results and store them in results/, in one pass; or store an archive."""
-    sync = _s3(args, console)
+    sync = s3_sync(args, console)
     archive = Path(args.archive) if args.archive else plan_results(args.workspace, args.exclude)
     return _s3_archive_outcome(sync, archive, "results", console)
 
@@ -3306,14 +3342,14 @@ def s3_upload_results(args: argparse.Namespace, console: Console) -> Outcome:
 @command("s3-download-training", ARCHIVE_NAME, _local_dir("."), EXTRACT, *S3)
 def s3_download_training(args: argparse.Namespace, console: Console) -> Outcome:
     """Fetch a training archive from training/: the newest, or the one named."""
-    sync = _s3(args, console)
+    sync = s3_sync(args, console)
     return _s3_outcome(sync.download_training_data(args.name, args.local_dir, args.extract))
 
 
 @command("s3-download-results", ARCHIVE_NAME, _local_dir("."), EXTRACT, *S3)
 def s3_download_results(args: argparse.Namespace, console: Console) -> Outcome:
     """Fetch a results archive from results/: the newest, or the one named."""
-    sync = _s3(args, console)
+    sync = s3_sync(args, console)
     return _s3_outcome(sync.download_results(args.name, args.local_dir, args.extract))
 
 
@@ -3324,7 +3360,7 @@ def s3_check(args: argparse.Namespace, console: Console) -> Outcome:
     Each line that fails says what to do about it. One small object is written, and removed where
     that is allowed.
     """
-    checks = list(_s3(args, console).check())
+    checks = list(s3_sync(args, console).check())
     marks = {True: "ok", False: "FAILED", None: "without"}
     lines = []
     for check in checks:
@@ -3402,14 +3438,16 @@ def _image(args: argparse.Namespace) -> str:
 def _image_store(args: argparse.Namespace, console: Console) -> ImageStore:
     from docker_images import ImageStore
 
-    bucket = _s3(args, console).bucket
+    bucket = s3_sync(args, console).bucket
     return ImageStore(
         bucket, bucket.key("docker-images"), console.progress(),
         dry_run=getattr(args, "dry_run", False),
     )  # fmt: skip
 
 
-def _s3(args: argparse.Namespace, console: Console) -> S3Sync:
+def s3_sync(args: argparse.Namespace, console: Console) -> S3Sync:
+    """The bucket that the flags of S3 name."""
+
     def approve(place: str, names: Sequence[str]) -> None:
         for name in names[:20]:
             console.note(f"to be removed from {printable(place)}: {printable(name)}")
@@ -3471,15 +3509,32 @@ def verify_archive_command(args: argparse.Namespace, console: Console) -> Outcom
     return _check_outcome(verify_archive(args.archive, console.progress()))
 
 
+for _later in (
+    LaterCommand("list-runs", "List the training runs below a logs folder", "metrics_commands"),
+    LaterCommand("compare-runs", "Compare training runs side by side", "metrics_commands"),
+    LaterCommand("start-tensorboard", "Show training curves with TensorBoard", "metrics_commands"),
+    LaterCommand("tunnel", "Forward a port of this machine over SSH", "metrics_commands"),
+    LaterCommand("wandb-sync", "Send offline runs to Weights & Biases", "metrics_commands"),
+    LaterCommand("serve", "Serve S3 from a folder of this machine", "cloud_jobs.commands"),
+    LaterCommand(
+        "storage-key", "Make, list or revoke keys of serve that may do less", "cloud_jobs.commands"
+    ),
+    LaterCommand(
+        "quickstart", "Try the whole way of the data on this machine", "cloud_jobs.commands"
+    ),
+):
+    COMMANDS[_later.name] = _later
+
+
 @command("completion", Argument("shell", choices=("bash", "zsh")))
 def completion(args: argparse.Namespace, _console: Console) -> Outcome:
     """Print a completion script: source <(python cloud_services.py completion bash)."""
-    words = {entry.name: _option_words(entry) for entry in COMMANDS.values()}
+    words = {entry.name: _option_words(entry) for entry in all_commands()}
     script = completion_script(args.shell, words)
     return Outcome({"script": script}, lines=script.splitlines())
 
 
-def _connection(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def connection_settings(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     """The keyword arguments of PaperspaceUploader and PaperspaceDownloader from parsed flags."""
     given = {
         name: getattr(args, name, None)
@@ -3731,22 +3786,21 @@ def _run(argv: Sequence[str] | None) -> int:
             args = build_parser(words).parse_args(words)
         except SystemExit as stop:
             return int(stop.code or 0)
+        except ModuleNotFoundError as error:
+            Console(argparse.Namespace(json="--json" in words)).show_error(_lacking(error))
+            return ExitCode.MISSING_PACKAGE
     if args is None:  # nobody reads --help
         return ExitCode.DONE
     console = Console(args)
     _log_to_stderr(console)
     try:
-        outcome = COMMANDS[args.command].run(args, console)
+        outcome = COMMANDS[args.command].loaded().run(args, console)
         with _written_out():
             console.show(outcome)
         return outcome.exit_code
     except ModuleNotFoundError as error:
-        if error.name not in SATELLITES:
-            raise
-        missing = f"{error.name}.py is not beside cloud_services.py"
-        others = ", ".join(f"{name}.py" for name in SATELLITES if not _is_importable(name))
         with _written_out():
-            console.show_error(MissingPackageError(missing, f"copy there as well: {others}"))
+            console.show_error(_lacking(error))
         return ExitCode.MISSING_PACKAGE
     except CloudError as error:
         if "list-remote-files" in error.hint:  # below nobody knows the flags that led there
@@ -3754,6 +3808,17 @@ def _run(argv: Sequence[str] | None) -> int:
         with _written_out():
             console.show_error(error)
         return error.exit_code
+
+
+def _lacking(error: ModuleNotFoundError) -> MissingPackageError:
+    """What is said when a satellite is missing; any other module is our own mistake."""
+    if error.name not in SATELLITES:
+        raise error
+    files = {name: "cloud_jobs/" if name == "cloud_jobs" else f"{name}.py" for name in SATELLITES}
+    others = ", ".join(file for name, file in files.items() if not _is_importable(name))
+    return MissingPackageError(
+        f"{files[error.name]} is not beside cloud_services.py", f"copy there as well: {others}"
+    )
 
 
 @contextlib.contextmanager

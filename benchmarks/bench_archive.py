@@ -21,7 +21,7 @@ from benchmarks.harness import (
     run,
     warm,
 )
-from benchmarks.sample_workspace import make_workspace
+from cloud_jobs.sample_workspace import make_workspace
 
 FEATURES = "workspace/prepared/features"
 PEERS = (

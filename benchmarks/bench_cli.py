@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import PEAK_LIMIT, Bench, Run, Target, empty, ours, run, warm
-from benchmarks.sample_workspace import make_workspace
+from cloud_jobs.sample_workspace import make_workspace
 
 HELP_LIMIT = 0.1
 FEW = 1_000

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import MEGABYTE, Bench, Row, Run, Target, ours, run, warm
-from benchmarks.sample_workspace import DIGITS, MODIFIED
+from cloud_jobs.sample_workspace import DIGITS, MODIFIED
 from tests.local_hub import LocalHub, git_hash, hash_file
 
 SMALL_FILES = 5_000

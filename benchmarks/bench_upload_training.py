@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.bench_archive import FEATURES
 from benchmarks.harness import Bench, Run, Target, empty, only_file, pipeline, run, warm
-from benchmarks.sample_workspace import make_workspace
 from benchmarks.ssh_side import Route
+from cloud_jobs.sample_workspace import make_workspace
 from tests.servers import SSHServer
 
 

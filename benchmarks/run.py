@@ -26,7 +26,9 @@ from benchmarks import (
     bench_callbacks,
     bench_cli,
     bench_hub,
+    bench_metrics,
     bench_s3,
+    bench_serve,
     bench_transfer,
     bench_upload_training,
 )
@@ -41,6 +43,8 @@ COMPARISONS: dict[str, tuple[Callable[[Bench], None], tuple[str, ...]]] = {
     "hub": (bench_hub.run_all, ()),
     "s3": (bench_s3.run_all, ()),
     "callbacks": (bench_callbacks.run_all, ()),
+    "serve": (bench_serve.run_all, ()),
+    "metrics": (bench_metrics.run_all, ()),
     "cli": (bench_cli.run_all, ("tar",)),
 }
 

@@ -1,6 +1,6 @@
 """A realistic workspace of a given size, the same bytes on every machine.
 
-    python benchmarks/sample_workspace.py workspace --megabytes 400
+    python cloud_jobs/sample_workspace.py workspace --megabytes 400
 
 Features are rows of a timestamp, forty random numbers and a label, one row a minute. Nothing but
 the column layout repeats, so gzip and zstd save what they save on real features: about half.
@@ -52,11 +52,13 @@ def make_workspace(
     ticks_megabytes: float = 0.0,
     small_files: int = 0,
     seed: int = 1,
+    checkpoint_megabytes: float | None = None,
 ) -> None:
     """Fill the workspace folder ROOT: `megabytes` of features, and the rest in proportion.
 
     Ticks come in files of at most five megabytes; `small_files` are further ticks of a few hundred
-    bytes each. The cache and the checkpoints take five percent of the features' size each.
+    bytes each. The cache and, unless told otherwise, all checkpoints together take five percent of
+    the features' size.
     """
     for split, share in SPLITS.items():
         path = root / "prepared" / "features" / f"gold_{split}.csv"
@@ -65,7 +67,8 @@ def make_workspace(
     _make_small_files(root / "raw_data" / "ticks" / "small", small_files, seed)
     _make_cache(root / "raw_data" / "cache", megabytes / 20, seed)
     _make_scalers(root / "prepared" / "scalers", seed)
-    _make_models(root / "models", megabytes / 20, seed)
+    checkpoints = megabytes / 20 if checkpoint_megabytes is None else checkpoint_megabytes
+    _make_models(root / "models", checkpoints, seed)
 
 
 def _write(path: Path, blocks: Iterator[bytes]) -> None:

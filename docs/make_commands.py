@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 # The project's folder must be on the path first, so that this file runs as a script.
 import cloud_services
-from cloud_services import COMMANDS, ExitCode, build_parser
+from cloud_services import ExitCode, all_commands, build_parser
 
 PAGE = Path(__file__).with_name("commands.md")
 HEAD = """\
@@ -44,7 +44,8 @@ def render() -> str:
         "## Options of every command\n",
         _options_table(action for action in _actions(parser) if action.option_strings),
     ]
-    for name, entry in COMMANDS.items():
+    for entry in all_commands():
+        name = entry.name
         own = [a for a in _actions(subparsers[name]) if not set(a.option_strings) & common]
         parts += [f"## {name}\n", inspect.cleandoc(entry.run.__doc__ or "") + "\n"]
         parts += [f"```sh\n{_synopsis(name, own)}\n```\n"]

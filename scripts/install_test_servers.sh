@@ -11,6 +11,7 @@ present rsync || wanted="$wanted rsync"
 present pigz || wanted="$wanted pigz"
 present zstd || wanted="$wanted zstd"
 present podman || wanted="$wanted podman"
+present chromium || wanted="$wanted chromium"
 present shellcheck || wanted="$wanted shellcheck"
 [ -n "$wanted" ] || exit 0
 

@@ -686,7 +686,7 @@ def test_help_goes_to_stdout_and_says_what_the_command_does(call: Run, command: 
     for word in COMMANDS if not command else ("--help", "--json", "--quiet", "--verbose", "--yes"):
         assert word in result.stdout
     if command:
-        assert (COMMANDS[command].run.__doc__ or "").split("\n")[0] in result.stdout
+        assert (COMMANDS[command].loaded().run.__doc__ or "").split("\n")[0] in result.stdout
 
 
 def test_help_prints_no_setting_of_the_environment(call: Run) -> None:

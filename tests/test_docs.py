@@ -34,7 +34,8 @@ from tests.support import ROOT, workspace
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"])
-SOURCES = [module.read_text("utf-8") for module in sorted(ROOT.glob("*.py"))]
+MODULES = sorted([*ROOT.glob("*.py"), *ROOT.glob("cloud_jobs/*.py")])
+SOURCES = [module.read_text("utf-8") for module in MODULES]
 SHELL_LANGUAGES = ("sh", "bash", "powershell")
 COLUMNS = 100
 SHELL_OPERATOR = re.compile(r"[();<>|&]+")
@@ -170,14 +171,11 @@ def test_every_command_appears_in_the_readme_and_in_a_documented_line() -> None:
 
 def test_every_flag_named_in_a_sentence_exists() -> None:
     options = {
-        flag
-        for entry in cloud_services.COMMANDS.values()
-        for a in entry.arguments
-        for flag in a.flags
+        flag for entry in cloud_services.all_commands() for a in entry.arguments for flag in a.flags
     }
     options |= {"--json", "--quiet", "--verbose", "--yes", "--help", "--version"}
     for page in GUIDES:
-        for text in re.findall(r"`(--[a-z-]+)[^`]*`", page.read_text(encoding="utf-8")):
+        for text in re.findall(r"`(--[a-z0-9-]+)[^`]*`", page.read_text(encoding="utf-8")):
             assert text in options, f"{page.name}: {text}"
 
 
