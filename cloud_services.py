@@ -2481,9 +2481,11 @@ class Console:
             self.note(f"next: {outcome.next_command}")
 
     def show_now(self, outcome: Outcome) -> None:
-        """Print what is known while the command goes on."""
+        """Print what is known while the command goes on; that is its result, also with --quiet."""
+        quiet, self.quiet = self.quiet, False
         with _written_out():
             self.show(outcome)
+        self.quiet = quiet
 
     def show_error(self, error: CloudError) -> None:
         """One clear line and a hint on stderr; a document on stdout for scripts."""

@@ -719,7 +719,7 @@ def run_folders(root: str | Path) -> dict[str, Path]:
     found = {}
     for folder, below, files in os.walk(top):
         below[:] = [name for name in below if name != "wandb" and not name.startswith(".")]
-        if any("tfevents" in name for name in files):
+        if any(_is_event_file(Path(folder, name)) for name in files):
             path = Path(folder)
             found[path.relative_to(top).as_posix() if path != top else top.resolve().name] = path
     if not found:
@@ -727,12 +727,18 @@ def run_folders(root: str | Path) -> dict[str, Path]:
     return found
 
 
+def _is_event_file(path: Path) -> bool:
+    """What a transfer has not finished, and a link to nothing, is none."""
+    hidden = path.name.startswith(".") or path.name.endswith(".part")
+    return "tfevents" in path.name and not hidden and path.is_file()
+
+
 def read_run(folder: str | Path, name: str = "") -> Run:
     """One run, from all event files in its folder. Raises NotFoundError when there are none."""
     folder, reader = Path(folder), _Reader()
     size, changed = 0, 0.0
     with local_errors(folder):
-        paths = sorted(path for path in folder.iterdir() if "tfevents" in path.name)
+        paths = sorted(path for path in folder.iterdir() if _is_event_file(path))
         for path in paths:
             reader.read(path)
             status = path.stat()

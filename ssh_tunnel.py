@@ -76,6 +76,9 @@ class Tunnel:
         self._lock = threading.Lock()
         self._connection: SSHConnection | None = None
         self._failure: CloudError | None = None
+        self._last_said = ""
+        self.quiet = False
+        """Say nothing about single connections: somebody is still waiting for the other end."""
 
     @property
     def local_port(self) -> int:
@@ -178,8 +181,11 @@ class Tunnel:
             try:
                 channel = self._channel()
             except CloudError as error:
-                self._told(str(error))
+                if str(error) != self._last_said and not self.quiet:
+                    self._told(str(error))
+                    self._last_said = str(error)
                 return
+            self._last_said = ""
             with contextlib.closing(channel):
                 upwards = threading.Thread(target=_send_up, args=(client, channel), daemon=True)
                 upwards.start()

@@ -7,6 +7,7 @@ that is free, and waits until it answers. cloud_services imports it when start-t
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -17,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,6 @@ from cloud_services import (
     MissingPackageError,
     NotFoundError,
     S3Sync,
-    TransferError,
     local_errors,
     printable,
     require_installed,
@@ -46,7 +45,8 @@ log = logging.getLogger("cloud_services")
 def newest_run(logs: str | Path) -> Path:
     """The folder below `logs` whose event file was written last. Raises NotFoundError."""
     with local_errors(logs):
-        found = [(path.stat().st_mtime_ns, path) for path in Path(logs).rglob(EVENT_FILES)]
+        files = (path for path in Path(logs).rglob(EVENT_FILES) if path.is_file())
+        found = [(path.stat().st_mtime_ns, path) for path in files]
     if not found:
         raise NotFoundError(
             f"there are no TensorBoard logs in {printable(logs)}",
@@ -69,6 +69,7 @@ class TensorBoard:
         require_installed("tensorboard")
         with contextlib.closing(open_listener(port, others=True)) as listener:
             self.port = int(listener.getsockname()[1])
+        self._logs = str(logs)
         self._command = [
             sys.executable, "-m", "tensorboard.main", "--logdir", str(logs), "--host", host,
             "--port", str(self.port), "--reload_interval", "5",
@@ -97,8 +98,8 @@ class TensorBoard:
 
     def _wait_until_it_answers(self) -> None:
         until = time.monotonic() + START_SECONDS
-        while not answers(self.port):
-            self.wait(LOOK_SECONDS)
+        while shown_by(self.port) != self._logs:
+            self.wait(LOOK_SECONDS)  # raises when ours has ended: another took the port meanwhile
             if time.monotonic() > until:
                 raise CloudError(f"TensorBoard does not answer: {self._last_words()}")
 
@@ -128,14 +129,16 @@ class TensorBoard:
         self._said.close()
 
 
-def answers(port: int) -> bool:
-    """Whether a TensorBoard answers on this loopback port."""
+def shown_by(port: int) -> str:
+    """What the TensorBoard on this loopback port shows; empty: none answers."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"http://{LOOPBACK}:{port}/data/environment", timeout=5) as answer:
-            return "data_location" in json.load(answer)
-    except (OSError, ValueError, urllib.error.URLError):
-        return False
+            said = json.load(answer)
+    except (OSError, ValueError, http.client.HTTPException):  # it may be anything that listens
+        return ""
+    location = said.get("data_location", "") if isinstance(said, dict) else ""
+    return str(location)
 
 
 # ── on a server ──────────────────────────────────────────────────────────────────────────────────
@@ -156,8 +159,16 @@ class RemoteTensorBoard:
         self.shows = logs
 
     def __enter__(self) -> RemoteTensorBoard:
-        if not answers(self._tunnel.local_port):
-            self._start()
+        self._tunnel.quiet = True
+        try:
+            self.shows = shown_by(self._tunnel.local_port)
+            if not self.shows:
+                self._start()
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            self._tunnel.quiet = False
         return self
 
     def __exit__(
@@ -167,7 +178,8 @@ class RemoteTensorBoard:
         self.stop()
 
     def _start(self) -> None:
-        self.shows = self._logs if self._everything else self._newest_run()
+        newest = self._newest_run()
+        self.shows = self._logs if self._everything else newest
         done = self._tunnel.run(
             "tool=$(command -v tensorboard) || tool='python3 -m tensorboard.main';"
             f" nohup $tool --logdir {shlex.quote(self.shows)} --host {LOOPBACK}"
@@ -175,9 +187,8 @@ class RemoteTensorBoard:
         )
         self.pid = done.output.decode("ascii", "replace").strip()
         until = time.monotonic() + START_SECONDS
-        while not answers(self._tunnel.local_port):
+        while shown_by(self._tunnel.local_port) != self.shows:
             if time.monotonic() > until or not self._runs():
-                self.pid = ""
                 raise MissingPackageError(
                     "TensorBoard does not start on the server", "there: pip install tensorboard"
                 )
@@ -220,14 +231,15 @@ def mirrored_logs(sync: S3Sync, folder: Path, run: str | None, seconds: float) -
     stopped = threading.Event()
 
     def keep_in_step() -> None:
+        told = ""
         while not stopped.wait(seconds):
             try:
-                result = sync.download_logs(run, folder)
-            except TransferError as error:
-                log.warning("%s", error)
-                continue
-            for failure in result.failures:
-                log.warning("%s", printable(failure))
+                said = "; ".join(map(printable, sync.download_logs(run, folder).failures))
+            except CloudError as error:  # a token that has expired may be renewed
+                said = str(error)
+            if said and said != told:
+                log.warning("%s", said)
+            told = said
 
     worker = threading.Thread(target=keep_in_step, name="logs-from-s3", daemon=True)
     worker.start()

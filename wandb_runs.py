@@ -29,10 +29,11 @@ from cloud_services import (
     printable,
 )
 
-FOLDER_NAME = re.compile(r"offline-run-(\d{8}_\d{6})-(\w+)")
+FOLDER_NAME = re.compile(r"offline-run-(\d{8}_\d{6})-(.+)")
 QUIET_SECONDS = 600.0
 """Nobody has the run open, and nothing in it has changed for so long: its process has died."""
-SYNC_SECONDS = 3600.0
+SYNC_SECONDS = 900.0
+"""W&B's program tries again without end when it cannot reach its server."""
 
 BLOCK_BYTES = 32 * 1024
 FILE_HEADER_BYTES, RECORD_HEADER = 7, struct.Struct("<IHB")
@@ -189,10 +190,14 @@ def wandb_program() -> str:
 
 def send_run(run: OfflineRun, program: str) -> SentRun:
     """Let W&B send one run. Not being logged in is an AccessError that is raised."""
-    done = subprocess.run(
-        [program, "sync", str(run.folder)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, timeout=SYNC_SECONDS, check=False,
-    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [program, "sync", str(run.folder)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, timeout=SYNC_SECONDS, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        why = f"W&B did not take {run.run_id}: no end after {SYNC_SECONDS / 60:.0f} minutes"
+        return SentRun(run, TransferError(why, "check the network, then run the same command"))
     lines = [line for line in done.stdout.decode("utf-8", "replace").splitlines() if line.strip()]
     if any("API key" in line for line in lines) and done.returncode:
         raise AccessError("W&B has no API key", "wandb login, or export WANDB_API_KEY=…")

@@ -89,9 +89,9 @@ def serve(args: argparse.Namespace, console: Console) -> Outcome:
         console.note(settings.opens)
 
     def started(server: StorageServer) -> None:
+        console.show_now(_serving(server, settings))  # first: a secret is shown only once
         for bucket in args.bucket:
             server.make_bucket(bucket)
-        console.show_now(_serving(server, settings))
 
     serve_until_stopped(settings, started)
     return SHOWN

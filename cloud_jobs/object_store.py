@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import queue
+import re
 import secrets
 import sqlite3
 import threading
@@ -222,7 +223,7 @@ class FileSink:
         self._files = files
         self._name = secrets.token_hex(16)
         self._path = files.incoming / self._name
-        self._stream: IO[bytes] = open(self._path, "xb", buffering=0)
+        self._stream: IO[bytes] = open(self._path, "xb", buffering=0, opener=_private)
         self._size = 0
 
     def write(self, data: memoryview) -> None:
@@ -259,16 +260,28 @@ class Files:
         self._readers: Counter[str] = Counter()
         self._doomed: set[str] = set()
         with local_errors(folder):
-            self.incoming.mkdir(exist_ok=True)
-            for number in range(256):
-                (self._data / f"{number:02x}").mkdir(parents=True, exist_ok=True)
+            for place in (self.incoming, self._data):
+                place.mkdir(exist_ok=True)
+                place.chmod(0o700)
+            for folder_ in self._folders():
+                folder_.mkdir(exist_ok=True)
             if fsync:
                 _sync_folder(self._data)
                 _sync_folder(folder)
 
+    def _folders(self) -> Iterator[Path]:
+        return (self._data / f"{number:02x}" for number in range(256))
+
+    @staticmethod
+    def _ours(folder: Path) -> Iterator[Path]:
+        """The files in a folder that have names such as ours; what others put there stays."""
+        for entry in os.scandir(folder):
+            if re.fullmatch("[0-9a-f]{32}", entry.name) and entry.is_file(follow_symlinks=False):
+                yield Path(entry.path)
+
     def require_empty(self, index: Path) -> None:
         """AccessError where content is left without its index: a sweep would remove all of it."""
-        if any(entry.is_file() for folder in self._data.iterdir() for entry in folder.iterdir()):
+        if any(True for folder in self._folders() for _ in self._ours(folder)):
             raise AccessError(
                 f"{printable(index)} is missing, but the content beside it is there",
                 "bring the file back, or choose another folder with --storage-dir",
@@ -306,14 +319,14 @@ class Files:
     def sweep(self, named: Callable[[str], set[str]]) -> int:
         """Remove what a crash left: all of incoming/, and in data/ what the index does not name."""
         count = 0
-        for path in self.incoming.iterdir():
+        for path in self._ours(self.incoming):
             path.unlink()
             count += 1
-        for folder in self._data.iterdir():
+        for folder in self._folders():
             known = named(folder.name)
-            for entry in os.scandir(folder):
-                if entry.name not in known:
-                    os.unlink(entry.path)
+            for path in self._ours(folder):
+                if path.name not in known:
+                    path.unlink()
                     count += 1
         return count
 
@@ -322,6 +335,11 @@ class Files:
             self.path(name).unlink()
         except OSError as error:  # the sweep of the next start removes it
             log.warning("%s: %s", name, error)
+
+
+def _private(path: str, flags: int) -> int:
+    """Content is for its owner alone, whatever the umask and the folder allow."""
+    return os.open(path, flags, 0o600)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -470,7 +488,7 @@ class ObjectStore:
         try:
             self.files = Files(folder, fsync)
             path = folder / INDEX_FILE
-            if not path.exists():
+            if not path.exists() or not path.stat().st_size:
                 self.files.require_empty(path)
             private_file(path)
             self._database = _open_index(path, fsync)

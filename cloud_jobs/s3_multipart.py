@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from cloud_jobs import object_changes as changes
@@ -160,7 +161,7 @@ async def complete_upload(service: S3Service, call: Call) -> Answer:
 
 def _wanted_part(entry: xml.Element) -> changes.WantedPart:
     number = entry.required("PartNumber").strip()
-    if not (number.isascii() and number.isdigit() and 1 <= int(number[:6]) <= MAX_PARTS):
+    if not (re.fullmatch("[0-9]{1,6}", number) and 1 <= int(number) <= MAX_PARTS):
         raise S3Error("InvalidArgument", "A part's number is 1 to 10,000.")
     checksums = {name: entry.value(f"Checksum{name}") for name in CHECKSUMS}
     given = {name: value for name, value in checksums.items() if value}

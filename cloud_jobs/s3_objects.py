@@ -181,10 +181,17 @@ def _wanted_range(request: Request, found: StoredObject) -> tuple[int, int] | No
     header = request.headers.get("range")
     if header is None:
         return None
-    only_if = request.headers.get("if-range", "")
-    if only_if.startswith('"') and not changes.etag_matches(only_if, found.etag):
+    only_if = request.headers.get("if-range")
+    if only_if is not None and not _is_still(only_if, found):
         return None
     return byte_range(header, found.size)
+
+
+def _is_still(validator: str, found: StoredObject) -> bool:
+    """RFC 9110, If-Range: a strong ETag that is equal, or the very time of the last change."""
+    if validator.startswith('"'):
+        return changes.etag_matches(validator, found.etag)
+    return _http_time(validator) == found.modified // 1000
 
 
 def _part_range(service: S3Service, found: StoredObject, part: int) -> tuple[int, int] | None:
@@ -202,8 +209,9 @@ def _part_range(service: S3Service, found: StoredObject, part: int) -> tuple[int
 @operation("DELETE", "object", right="delete")
 async def delete_object(service: S3Service, call: Call) -> Answer:
     """DeleteObject; to remove what is not there is fine."""
-    if call.request.query.get("versionId", "null") not in ("", "null"):
-        raise S3Error("NotImplemented", "This server keeps no versions.")
+    for name in ("x-amz-if-match-size", "x-amz-if-match-last-modified-time"):
+        if name in call.request.headers:
+            raise S3Error("NotImplemented", f"This server does not know {name}.")
     await service.store.write(changes.delete_object(service.place(call)))
     return Answer(204)
 
@@ -220,7 +228,10 @@ async def delete_objects(service: S3Service, call: Call) -> Answer:
     """DeleteObjects: up to 1,000 at once, each with an answer of its own."""
     bucket = service.store.bucket(call.request.bucket)
     root = await service.read_document(call, "Delete")
-    keys = [entry.required("Key").encode("utf-8", "surrogatepass") for entry in root.all("Object")]
+    entries_wanted = root.all("Object")
+    for entry in entries_wanted:
+        _require_unconditional(entry)
+    keys = [entry.required("Key").encode("utf-8", "surrogatepass") for entry in entries_wanted]
     if not 1 <= len(keys) <= MAX_KEYS:
         raise S3Error("MalformedXML", "1 to 1,000 objects can be deleted at once.")
     for key in keys:
@@ -238,6 +249,15 @@ async def delete_objects(service: S3Service, call: Call) -> Answer:
         elif not quiet:
             entries.append(f"<Deleted>{name}</Deleted>")
     return Answer.document(xml.document("DeleteResult", *entries))
+
+
+def _require_unconditional(entry: xml.Element) -> None:
+    """What asks for a condition must not be deleted without it."""
+    if entry.value("VersionId") not in (None, "", "null"):
+        raise S3Error("NotImplemented", "This server keeps no versions.")
+    for name in ("ETag", "Size", "LastModifiedTime"):
+        if entry.value(name) is not None:
+            raise S3Error("NotImplemented", f"Delete one by one with If-Match instead of {name}.")
 
 
 # ── copies ───────────────────────────────────────────────────────────────────────────────────────

@@ -39,7 +39,7 @@ from cloud_jobs.s3_requests import (
     Hosts,
     Request,
 )
-from cloud_jobs.s3_signatures import Verified, verify
+from cloud_jobs.s3_signatures import Verified, hoisted_headers, verify
 from cloud_jobs.storage_keys import Credential, StorageKeys
 
 log = logging.getLogger("cloud_services.storage")
@@ -334,7 +334,11 @@ class S3Service:
     async def reap(self) -> None:
         """Forget the uploads to which nothing came for a day."""
         self._reaped = time.monotonic()
-        count = await self.store.write(changes.reap_uploads())
+        try:
+            count = await self.store.write(changes.reap_uploads())
+        except Exception as error:  # a full disk, say: what is there can still be read and deleted
+            log.warning("unfinished uploads could not be removed: %s", error)
+            return
         if count:
             log.info("%d unfinished uploads removed: nothing came for a day", count)
 
@@ -381,6 +385,8 @@ class S3Service:
         if "X-Amz-Signature" in request.query or "AWSAccessKeyId" in request.query:
             _take_hoisted_headers(request)
         found = _find_operation(request)
+        if request.query.get("versionId", "null") not in ("", "null"):
+            raise S3Error("NotImplemented", "This server keeps no versions.")
         _authorize(call, found.right)
         return await found.handler(self, call)
 
@@ -427,7 +433,9 @@ class S3Service:
             intake = Intake(promise, framing, memory, compute)
             while not call.body_over:
                 intake.feed([await call.block()])
-            return intake.end(), memory.content()
+            received = intake.end()
+            self._require_key(call)
+            return received, memory.content()
         sink = await self.off_loop(FileSink, self.store.files)
         try:
             received = await self._pump(call, Intake(promise, framing, sink, compute))
@@ -466,6 +474,7 @@ class S3Service:
         while not call.body_over:
             intake.feed([await call.block()])
         intake.end()
+        self._require_key(call)
         return xml.read_document(bytes(sink.data), *names)
 
     def place(self, call: Call) -> changes.Place:
@@ -505,7 +514,7 @@ class S3Service:
             raise S3Error("QuotaExceeded")
 
     def _require_key(self, call: Call) -> None:
-        """The key may have been revoked while a long body came."""
+        """The key may have been revoked while the body came."""
         current = self.find_key(call.credential.access_key)
         if current is None:
             raise S3Error("InvalidAccessKeyId")
@@ -602,7 +611,5 @@ def _authorize(call: Call, right: str) -> None:
 
 def _take_hoisted_headers(request: Request) -> None:
     """Some SDKs put x-amz- headers into the query of a presigned URL; they count as headers."""
-    for name, value in request.query.items():
-        lower = name.lower()
-        if lower.startswith("x-amz-"):
-            request.headers.setdefault(lower, value)
+    for name, value in hoisted_headers(request).items():
+        request.headers.setdefault(name, value)

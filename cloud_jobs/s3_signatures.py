@@ -247,8 +247,23 @@ def _verify_old_query(
     return Verified(credential, UNSIGNED, _Claim("", "", "", "", "", ""))
 
 
+def hoisted_headers(request: Request) -> dict[str, str]:
+    """The x-amz- names in a query, as headers; InvalidArgument for what no header could be."""
+    found: dict[str, str] = {}
+    for name, value in request.query.items():
+        lower = name.lower()
+        if not lower.startswith("x-amz-"):
+            continue
+        fits = re.fullmatch(r"[a-z0-9-]+", lower) and re.fullmatch(r"[ -~\u00a0-\u00ff]*", value)
+        if lower in found or not fits:
+            raise S3Error("InvalidArgument", f"{lower[:80]!a} in the query cannot be a header.")
+        found[lower] = value
+    return found
+
+
 def _old_text(request: Request, expires: str) -> str:
-    given = {name.lower(): value for name, value in request.query.items()} | request.headers
+    given = {name.lower(): value for name, value in request.query.items()}
+    given |= hoisted_headers(request) | request.headers
     amz = "".join(f"{n}:{v.strip()}\n" for n, v in sorted(given.items()) if n.startswith("x-amz-"))
     names = sorted(name for name in request.query if name in _OLD_NAMES)
     pairs = (f"{n}={request.query[n]}" if request.query[n] else n for n in names)

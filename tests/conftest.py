@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -137,6 +138,12 @@ def unpack_with_tar(
     found = files(into)
     found.pop(manifest)
     return found
+
+
+def pytest_configure() -> None:
+    """Whoever started the tests may ignore Ctrl-C; the programs under test must not inherit it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -163,6 +163,7 @@ def test_logs_on_a_server_are_shown_here_and_nothing_is_left_there(
 def test_a_server_without_tensorboard_says_what_to_install_there(
     server: SSHServer, tmp_path: Path
 ) -> None:
+    train("remote", root=tmp_path / "logs")
     with SSHServer(tmp_path / "box", config=['SetEnv PATH="/usr/bin:/bin"']) as box:
         words = ["start-tensorboard", *reaching(box), "--logdir", tmp_path, "--port", free_port()]
         with Running(*words, "--remote-port", free_port(), env=box.environment) as board:

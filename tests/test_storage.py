@@ -19,6 +19,7 @@ import io
 import ipaddress
 import itertools
 import logging
+import os
 import random
 import signal
 import socket
@@ -30,6 +31,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote, urlsplit
 from xml.etree import ElementTree as ET
@@ -44,7 +46,7 @@ from cloud_jobs.s3_bodies import ChunkedFraming
 from cloud_jobs.s3_documents import read_document
 from cloud_jobs.s3_errors import S3Error
 from cloud_jobs.s3_requests import byte_range
-from cloud_jobs.s3_signatures import ChunkSigner
+from cloud_jobs.s3_signatures import ChunkSigner, hoisted_headers
 from cloud_jobs.storage import StorageServer, StorageSettings
 from cloud_jobs.storage_keys import Credential, signing_key
 from cloud_services import (
@@ -1353,12 +1355,71 @@ def test_what_a_crash_left_behind_is_swept(tmp_path: Path) -> None:
     with StorageServer(given_settings(tmp_path)) as running:
         client_of(running.url).create_bucket(Bucket=BUCKET)
         client_of(running.url).put_object(Bucket=BUCKET, Key="kept", Body=random_bytes(MIB))
-    (tmp_path / "incoming" / "left").write_bytes(b"x")
-    (tmp_path / "data" / "ab" / "abcd").write_bytes(b"x")
+    (tmp_path / "incoming" / ("1" * 32)).write_bytes(b"x")
+    (tmp_path / "data" / "ab" / ("ab" * 16)).write_bytes(b"x")
+    (tmp_path / "data" / "ab" / "notes.txt").write_bytes(b"somebody else's")
+    (tmp_path / "data" / ".DS_Store").write_bytes(b"somebody else's")
+    (tmp_path / "data" / "ab" / "folder").mkdir()
     with StorageServer(given_settings(tmp_path)) as running:
-        assert data_files(tmp_path) == 1
+        assert not list((tmp_path / "incoming").iterdir())
+        assert not (tmp_path / "data" / "ab" / ("ab" * 16)).exists()
+        assert (tmp_path / "data" / "ab" / "notes.txt").exists()
         got = client_of(running.url).get_object(Bucket=BUCKET, Key="kept")
         assert got["Body"].read() == random_bytes(MIB)
+
+
+def test_an_index_that_was_emptied_costs_no_content(tmp_path: Path) -> None:
+    with StorageServer(given_settings(tmp_path)) as running:
+        client_of(running.url).create_bucket(Bucket=BUCKET)
+        client_of(running.url).put_object(Bucket=BUCKET, Key="kept", Body=random_bytes(MIB))
+    for name in ("index.db", "index.db-wal"):
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(tmp_path / name, 0)
+    with pytest.raises(AccessError, match="is missing, but the content"):
+        StorageServer(given_settings(tmp_path)).start()
+    assert data_files(tmp_path) == 1
+
+
+def test_content_is_for_its_owner_alone_whatever_the_umask(tmp_path: Path) -> None:
+    folder = tmp_path / "open"
+    (folder / "data").mkdir(parents=True, mode=0o755)
+    before = os.umask(0)
+    try:
+        with StorageServer(given_settings(folder)) as running:
+            client_of(running.url).create_bucket(Bucket=BUCKET)
+            client_of(running.url).put_object(Bucket=BUCKET, Key="k", Body=random_bytes(MIB))
+    finally:
+        os.umask(before)
+    assert (folder / "data").stat().st_mode & 0o077 == 0
+    files = [path for path in (folder / "data").rglob("*") if path.is_file()]
+    assert [path.stat().st_mode & 0o777 for path in files] == [0o600]
+
+
+@pytest.mark.parametrize("extra", [{"ETag": '"000"'}, {"VersionId": "abc123"}])
+def test_a_condition_on_a_deletion_is_never_ignored(
+    server: StorageServer, extra: dict[str, str]
+) -> None:
+    client = client_of(server.url)
+    client.put_object(Bucket=BUCKET, Key="precious", Body=b"content")
+    with pytest.raises(ClientError):
+        client.delete_objects(Bucket=BUCKET, Delete={"Objects": [{"Key": "precious", **extra}]})
+    assert client.get_object(Bucket=BUCKET, Key="precious")["Body"].read() == b"content"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"x-amz-meta-title": "\u4e2d\u6587"},
+        {"x-amz-meta-title": "two\nlines"},
+        {"x-amz-meta-title": "\x7f"},
+        {"x-amz-meta-a b": "x"},
+        {"X-Amz-Copy-Source": "b/secret", "x-amz-copy-source": "b/public"},
+    ],
+)
+def test_a_query_that_could_be_no_header_is_refused(query: dict[str, str]) -> None:
+    request: Any = SimpleNamespace(query=query)
+    with pytest.raises(S3Error, match="InvalidArgument"):
+        hoisted_headers(request)
 
 
 def test_uploads_without_a_part_for_a_day_are_reaped(tmp_path: Path) -> None:
