@@ -42,7 +42,7 @@ from cloud_services import (
 from cloud_settings import S3Settings
 from docker_images import HELD_BYTES, ImageName, ImageStore
 from tests.s3_servers import KEY_ID, REGION, SECRET, FaultProxy, RcloneServer, wait_for
-from tests.servers import find_program, require
+from tests.servers import find_program, require, wait_until
 from tests.support import MIB, ROOT, random_bytes
 
 IMAGE = "example.com/team/piper-train:v1"
@@ -390,6 +390,7 @@ class Docker:
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def runs(self) -> bool:
+        assert wait_until(lambda: bool((self.state / "pid").read_text()))
         pid = int((self.state / "pid").read_text())
         state = Path(f"/proc/{pid}/stat")
         with contextlib.suppress(FileNotFoundError):

@@ -333,17 +333,14 @@ def test_what_is_not_signed_as_it_came_is_refused(
     [
         ({"secret": "another-secret"}, "SignatureDoesNotMatch"),
         ({"access": "NOBODYKNOWS"}, "InvalidAccessKeyId"),
-        (
-            {"when": dt.datetime.now(dt.timezone.utc) - 16 * MINUTES},
-            "RequestTimeTooSkewed",
-        ),
-        (
-            {"when": dt.datetime.now(dt.timezone.utc) + 17 * MINUTES},
-            "RequestTimeTooSkewed",
-        ),
+        ({"off": -16 * MINUTES}, "RequestTimeTooSkewed"),
+        ({"off": 17 * MINUTES}, "RequestTimeTooSkewed"),
     ],
 )
 def test_a_wrong_key_or_clock_is_refused(raw: Raw, how: dict[str, Any], code: str) -> None:
+    how = dict(how)
+    if off := how.pop("off", None):
+        how["when"] = dt.datetime.now(dt.timezone.utc) + off
     reply = raw.call("GET", "/", **how)
     assert (reply.status, reply.code) == (403, code)
 
