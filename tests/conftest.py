@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import os
 import signal
 import subprocess
@@ -154,6 +155,9 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = ("S3_KILLS",)
     for variable in [n for n in os.environ if n.startswith(foreign) and n not in own]:
         monkeypatch.delenv(variable)
+    logger = logging.getLogger("cloud_services")  # as it is before main() has run in this process
+    monkeypatch.setattr(logger, "propagate", True)
+    logger.setLevel(logging.NOTSET)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / ".cache"))
     monkeypatch.chdir(tmp_path)
 
