@@ -45,7 +45,7 @@ def list_runs(args: argparse.Namespace, _console: Console) -> Outcome:
     """List the training runs below a logs folder.
 
     With the time they began, steps, last and best loss and accuracy, duration and size. A run whose
-    files changed a moment ago is shown as running.
+    files changed a moment ago is shown as growing.
     """
     import metrics_runs
 
