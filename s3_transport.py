@@ -43,7 +43,6 @@ from urllib.parse import quote, unquote, unquote_plus, urlsplit
 
 from cloud_services import (
     CONNECT_SECONDS,
-    FLUSH_SEGMENTS,
     KIB,
     MIB,
     NOTES_FOLDER,
@@ -61,6 +60,7 @@ from cloud_services import (
     RefusedError,
     TransferError,
     UsageError,
+    WriteOut,
     cache_folder,
     free_space,
     human_bytes,
@@ -1636,24 +1636,17 @@ class _Arriving:
         self._watermark.done(index)
 
     def _hash_file(self) -> str:
-        """Hash the file as it is on the disk, as far as it is complete."""
-        buffer = bytearray(MIB)
+        """Hash the file as it is on the disk, as far as it is complete; meanwhile write it out."""
+        buffer, write_out = bytearray(MIB), WriteOut(self._stream)
         with open(self.part, "rb", buffering=0) as stream:
             while (count := self._complete.get()) is not None:
                 for number in range(self._hashed, count):
                     self._verifier.update(memoryview(buffer)[: _fill(stream, memoryview(buffer))])
-                    if number % FLUSH_SEGMENTS == FLUSH_SEGMENTS - 1:
-                        self._start_writing_out(number + 1 - FLUSH_SEGMENTS)
+                    write_out.reached((number + 1) * MIB)
                 self._hashed = max(self._hashed, count)
         if not self.complete:
             raise TransferError(f"a piece of {printable(self.part)} did not arrive", SAME_COMMAND)
         return self._verifier.confirm()
-
-    def _start_writing_out(self, first: int) -> None:
-        """Send segments on their way to the disk, so that the last fsync has little left."""
-        if hasattr(os, "posix_fadvise"):
-            where = first * MIB, FLUSH_SEGMENTS * MIB
-            os.posix_fadvise(self._stream.fileno(), *where, os.POSIX_FADV_DONTNEED)
 
     def sha256(self) -> str:
         """The SHA-256 of the whole file, compared with what is known of the object."""

@@ -26,7 +26,6 @@ from typing import NamedTuple, Protocol
 
 from cloud_services import (
     ARCHIVE_SUFFIXES,
-    FLUSH_SEGMENTS,
     METHODS,
     SAME_COMMAND,
     SEGMENT_BYTES,
@@ -41,6 +40,7 @@ from cloud_services import (
     T,
     TransferError,
     UsageError,
+    WriteOut,
     extract_archive,
     file_sha256,
     free_space,
@@ -726,27 +726,17 @@ class _Incoming:
     def _hash_file(self) -> str:
         """Hash the file as it is on the disk, as far as it is complete; meanwhile write it out."""
         digest, buffer, hashed = hashlib.sha256(), bytearray(SEGMENT_BYTES), 0
+        write_out = WriteOut(self._stream)
         with open(self.part, "rb", buffering=0) as stream:
             while (count := self._complete.get()) is not None:
                 for number in range(hashed, count):
                     length = stream.readinto(buffer)
                     digest.update(memoryview(buffer)[:length])
-                    if number % FLUSH_SEGMENTS == FLUSH_SEGMENTS - 1:
-                        self._start_writing_out(number + 1 - FLUSH_SEGMENTS)
+                    write_out.reached((number + 1) * SEGMENT_BYTES)
                 hashed = max(hashed, count)
         if hashed < len(spans(self._remote.size)):
             raise TransferError(f"a segment of {printable(self.part)} did not arrive", SAME_COMMAND)
         return digest.hexdigest()
-
-    def _start_writing_out(self, first: int) -> None:
-        """Send segments on their way to the disk, so that the last fsync has little left.
-
-        Linux starts to write dirty pages that are not needed any more, and waits for nothing; an
-        fsync here would wait for the file system's journal as well.
-        """
-        if hasattr(os, "posix_fadvise"):
-            start, length = first * SEGMENT_BYTES, FLUSH_SEGMENTS * SEGMENT_BYTES
-            os.posix_fadvise(self._stream.fileno(), start, length, os.POSIX_FADV_DONTNEED)
 
     def digest(self) -> str:
         """The SHA-256 of the file, once everything has arrived."""
