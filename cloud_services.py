@@ -229,6 +229,7 @@ LOCAL_ERRORS: dict[int, tuple[type[CloudError], str]] = {
     errno.ENOENT: (NotFoundError, "does not exist"),
     errno.EEXIST: (UsageError, "is in the way: a file where a folder should be"),
     errno.ENOTDIR: (NotFoundError, "does not exist: a part of the path is not a folder"),
+    errno.ELOOP: (RefusedError, "is a symbolic link, which is not followed here"),
     errno.EACCES: (AccessError, "permission denied"),
     errno.EPERM: (AccessError, "operation not permitted"),
     errno.EROFS: (AccessError, "the file system is read-only"),
@@ -422,9 +423,21 @@ def is_unfinished(name: str) -> bool:
 
 
 def open_for_update(path: Path | str) -> IO[bytes]:
-    """Open a file for reading and writing in place; it is made when missing, never shortened."""
+    """Open a file for reading and writing in place; it is made when missing, never shortened.
+
+    A link in its place is not followed.
+    """
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-    return open(os.open(path, flags, 0o666), "r+b", buffering=0)
+    return open(opener()(os.fspath(path), flags), "r+b", buffering=0)
+
+
+def opener(executable: bool = False) -> Callable[[str, int], int]:
+    """For `open`: follows no link, which others may have put into a folder that all can write to.
+
+    The umask takes its share of the mode; there is never a setuid bit.
+    """
+    mode = 0o777 if executable else 0o666
+    return lambda path, flags: os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), mode)
 
 
 def write_all(stream: IO[bytes], data: bytes | bytearray | memoryview) -> None:
@@ -1427,7 +1440,7 @@ class _ExtractionTarget:
         with local_errors(target):
             part.unlink(missing_ok=True)
             try:
-                with open(part, "xb", opener=_opener(member.executable)) as stream:
+                with open(part, "xb", opener=opener(member.executable)) as stream:
                     for block in blocks:
                         stream.write(block)
                         digest.update(block)
@@ -1439,11 +1452,6 @@ class _ExtractionTarget:
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
-
-
-def _opener(executable: bool) -> Callable[[str, int], int]:
-    mode = 0o777 if executable else 0o666  # the umask takes its share; never a setuid bit
-    return lambda path, flags: os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), mode)
 
 
 def _write_members(

@@ -7,7 +7,6 @@ index in the bucket that the listing confirms; those it does not know are asked 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 import os
@@ -16,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from cloud_services import (
@@ -58,12 +58,11 @@ log = logging.getLogger("cloud_services")
 HEAD_LANES = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class MirrorPlan:
-    """The steps, and the objects that are to be fetched or removed, by their names."""
+class MirrorPlan(NamedTuple):
+    """The steps, the objects that are to be fetched by their names, and what was refused."""
 
     steps: tuple[Step, ...]
-    objects: Mapping[str, ObjectInfo]
+    objects: Mapping[str, ObjectInfo] = MappingProxyType({})
     failures: tuple[str, ...] = ()
 
     def names(self, action: str) -> list[str]:
@@ -120,13 +119,12 @@ class Mirror:
             reason = self._difference(info, file) if info else "new"
             steps.append(Step(name, file.size, "send" if reason else "keep", reason or "unchanged"))
         left_out = {one.name for one in plan.left_out}
-        gone = {
-            name: info
+        steps += [
+            Step(name, info.size, "delete", "gone here")
             for name, info in there.items()
             if delete and name not in self._here and not _below_any(name, left_out)
-        }
-        steps += [Step(name, info.size, "delete", "gone here") for name, info in gone.items()]
-        return MirrorPlan(tuple(sorted(steps)), gone)
+        ]
+        return MirrorPlan(tuple(sorted(steps)))
 
     def plan_download(self, folder: Path, here: Sequence[PlannedFile], delete: bool) -> MirrorPlan:
         """What makes the folder hold the objects; `here` are the files that are in it now."""
@@ -207,6 +205,7 @@ class Mirror:
     def upload(self, plan: MirrorPlan, growing: bool = False) -> Done:
         """Send and delete what the plan says. One failure does not stop the others.
 
+        Nothing is deleted before all has arrived.
         A file that is written to meanwhile fails; with `growing`, it goes as it was at one moment.
         """
         failures = list(plan.failures)
@@ -226,7 +225,8 @@ class Mirror:
                     files, moved = files + 1, moved + stored.moved
                     checks.add(stored.check)
                     self._note(outcome, stored)
-            for gone in self._bucket.delete([info.key for info in plan.objects.values()]):
+            doomed = [self.prefix + name for name in plan.names("delete")]
+            for gone in self._bucket.delete(_if_all_arrived(doomed, failures)):
                 if gone.error:
                     failures.append(f"{self._name(gone)}: {gone.error}")
                 else:
@@ -270,7 +270,10 @@ class Mirror:
             log.info("the index of %s was not stored: %s", printable(self.prefix), error)
 
     def download(self, plan: MirrorPlan, folder: Path) -> Done:
-        """Fetch and delete what the plan says. One failure does not stop the others."""
+        """Fetch and delete what the plan says. One failure does not stop the others.
+
+        Nothing is deleted before all has arrived.
+        """
         with local_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         require_space(free_space(folder), plan.bytes("fetch"), folder)
@@ -290,7 +293,7 @@ class Mirror:
                     self._index.note(stored.key, stored.etag, stored.size, stored.sha256)
                     if status := _state(outcome.path):
                         self._hashes.remember(outcome.path, "sha256", status, stored.sha256)
-            for name in plan.names("delete"):
+            for name in _if_all_arrived(plan.names("delete"), failures):
                 with local_errors(self._path(name)):
                     os.unlink(self._path(name))
                 deleted += 1
@@ -313,6 +316,14 @@ def _require_own_place(name: str, taken: dict[str, str]) -> None:
     other = taken.setdefault(folded(name), name)
     if other != name:
         raise RefusedError(f"{printable(name)} and {printable(other)} are one file on this system")
+
+
+def _if_all_arrived(doomed: list[str], failures: list[str]) -> list[str]:
+    """What may be deleted: nothing after a failure, which then names how much stays."""
+    if doomed and failures:
+        failures.append(f"{len(doomed):,} to delete stay where they are until the others arrive")
+        return []
+    return doomed
 
 
 def _below_any(name: str, folders: set[str]) -> bool:

@@ -71,6 +71,7 @@ from cloud_services import (
     make_notes_folder,
     need,
     open_for_update,
+    opener,
     part_name,
     printable,
     require_space,
@@ -1581,7 +1582,7 @@ class _Arriving:
                 self.held = self._noted()
                 self._stream.truncate(head.size)
                 mode = "a" if self.held else "w"
-                self._journal = open(self._journal_path, mode, encoding="ascii")
+                self._journal = open(self._journal_path, mode, encoding="ascii", opener=opener())
                 self._note("" if self.held else self._header)  # ends an unfinished line, too
             except BaseException:
                 self._stream.close()

@@ -49,6 +49,7 @@ from cloud_services import (
     lock_part,
     make_notes_folder,
     open_for_update,
+    opener,
     pack,
     part_name,
     printable,
@@ -668,7 +669,7 @@ class _Incoming:
                 lock_part(self._stream, part)
                 self.held = self._verified(store)
                 self._stream.truncate(remote.size)
-                self._journal = open(self._journal_path, "w", encoding="ascii")
+                self._journal = open(self._journal_path, "w", encoding="ascii", opener=opener())
             except BaseException:
                 self._stream.close()
                 raise

@@ -31,11 +31,13 @@ from cloud_services import (
     NotFoundError,
     Plan,
     Progress,
+    RefusedError,
     UsageError,
     create_archive,
     manifest_line,
     pack,
     parse_manifest,
+    part_name,
     plan_results,
     plan_training,
 )
@@ -482,6 +484,17 @@ def test_a_pipe_or_a_device_as_output_is_not_replaced_by_a_file(
     with pytest.raises(UsageError, match="pipe"):
         create_archive(everything(workspace), tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_planted_where_the_archive_grows_is_not_followed(
+    workspace: Path, tmp_path: Path
+) -> None:
+    victim = write_file(tmp_path / "victim", b"precious")
+    (tmp_path / part_name("out.tar.gz")).symlink_to(victim)
+    with pytest.raises(RefusedError, match="symbolic link"):
+        create_archive(everything(workspace), tmp_path / "out.tar.gz")
+    assert victim.read_bytes() == b"precious"
+    assert not (tmp_path / "out.tar.gz").exists()
 
 
 @both_engines

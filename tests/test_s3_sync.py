@@ -437,6 +437,27 @@ def test_delete_removes_only_what_is_gone_and_only_on_request(server: S3Server) 
     assert (folder / ".env").exists()  # secrets are nobody's to remove
 
 
+def test_nothing_is_deleted_while_something_has_not_arrived(rclone: RcloneServer) -> None:
+    sync, folder = S3Sync(), dataset()
+    sync.upload_dataset(folder)
+    os.rename(folder / "wavs/3.wav", folder / "wavs/33.wav")
+    with FaultProxy(rclone) as proxy:
+        proxy.fail("flip_request", method="PUT", path="wavs/33.wav", after=10, times=10**6)
+        send = "s3-upload-dataset", folder, "--delete", "--yes"
+        done = command(*send, AWS_ENDPOINT_URL=proxy.url)
+        assert done.returncode == 9, done.stderr
+        assert "1 to delete stay" in done.stdout
+        assert "datasets/felix/wavs/3.wav" in keys(sync)
+        assert sync.upload_dataset(folder, delete=True).deleted == 1
+        write_file(folder / "local.txt")
+        proxy.fail("flip_response", method="GET", path="wavs/5.wav", after=10, times=10**6)
+        (folder / "wavs/5.wav").unlink()
+        fetch = "s3-download-dataset", "felix", "--local-dir", folder, "--delete", "--yes"
+        done = command(*fetch, AWS_ENDPOINT_URL=proxy.url)
+    assert done.returncode == 9, done.stderr
+    assert (folder / "local.txt").exists()
+
+
 def test_include_and_exclude_choose_on_both_sides(server: S3Server) -> None:
     sync, folder = S3Sync(), dataset()
     assert sync.upload_dataset(folder, include=["*.wav"], exclude=["3.wav"]).sent == 11

@@ -393,6 +393,23 @@ def test_a_flipped_bit_in_a_half_downloaded_file_is_fetched_again(
     assert sha256(tmp_path / "b/r.bin") == sha256(file)
 
 
+@pytest.mark.parametrize("suffix", ["", ".journal"])
+def test_a_link_planted_where_a_file_arrives_is_not_followed(
+    any_server: SSHServer, tmp_path: Path, suffix: str
+) -> None:
+    file = random_file(any_server.storage / "m.ckpt", 10_000)
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    planted = tmp_path / "b" / (cloud_services.part_name("m.ckpt") + suffix)
+    planted.parent.mkdir()
+    planted.symlink_to(victim)
+    words = "download-results", *flags(any_server), "--path", file, "--local-path", "b"
+    done = cli(*words, server=any_server, cwd=tmp_path)
+    assert done.returncode == 10, done.stderr
+    assert "symbolic link" in done.stderr
+    assert victim.read_bytes() == b"precious"
+
+
 def test_a_journal_without_its_part_is_not_believed(any_server: SSHServer, tmp_path: Path) -> None:
     file = random_file(any_server.storage / "m.ckpt", 3 * cloud_services.SEGMENT_BYTES)
     status = file.stat()
