@@ -619,7 +619,7 @@ class _Link:
     """A kept connection, and what came over it that nobody has taken yet."""
 
     def __init__(self, access: _Access) -> None:
-        self.access = access
+        self.access, self.process = access, os.getpid()
         self.connection = access.connect()
         self.used = False
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
@@ -676,10 +676,10 @@ class _Answer:
             self._read_head()
         said = self.headers.get("connection", "" if self._version == "1" else "close").lower()
         self.closes = "close" in said
-        self._chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
-        self._left = self._length()
-        if method == "HEAD" or self.status in (204, 304):
-            self._chunked, self._left = False, 0
+        self._chunked, self._left = False, 0
+        if method != "HEAD" and self.status not in (204, 304):
+            self._chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+            self._left = self._length()
 
     def _read_head(self) -> None:
         self._link.make_room()
@@ -740,7 +740,7 @@ class _Answer:
 
 
 class _Wire:
-    """Sends and fetches object bodies, on one kept connection per thread, block by block.
+    """Sends and fetches object bodies, block by block, over connections that are kept for the next.
 
     Raises _RefusalError for refusals, and what sockets and http.client raise for all else.
     """
@@ -750,7 +750,7 @@ class _Wire:
         self.answer_seconds: float | None = None
         """How long the server takes to answer: the least that was seen so far."""
         self._limiter = limiter
-        self._local = threading.local()
+        self._idle: collections.deque[_Link] = collections.deque()
 
     def exchange(
         self, request: _Request, body: bytes | memoryview = b"", advance: Advance | None = None,
@@ -764,32 +764,54 @@ class _Wire:
         try:
             link, answer = self._answered(request, memoryview(body), counted)
             with self._closing_when_broken(link):
-                return self._read(link, answer, receiver)
+                refusal = self._read(answer, receiver)
+                self._keep(link, answer, complete=counted.count == len(body))
+            if refusal:
+                raise refusal
         except BaseException:
             counted.undo()
             raise
+        return answer.headers
 
     def _answered(
         self, request: _Request, body: memoryview, counted: _Counted
     ) -> tuple[_Link, _Answer]:
         """The answer's head; a kept connection that the server has closed meanwhile is replaced."""
-        link = self._link()
+        link = self._kept() or self._connected()
         try:
             with self._closing_when_broken(link):
                 return link, self._ask(link, request, body, counted)
         except ConnectionError:
+            self._close_idle()
             if not link.used or request.method == "POST" or counted.count > BLOCK_BYTES:
                 raise
         counted.undo()
-        link = self._link()
+        link = self._connected()
         with self._closing_when_broken(link):
             return link, self._ask(link, request, body, counted)
 
-    def _link(self) -> _Link:
-        link: _Link | None = getattr(self._local, "link", None)
-        if link is None or link.access is not self.access:
-            link = self._local.link = self._connected()
-        return link
+    def _kept(self) -> _Link | None:
+        """An idle connection; one with other keys, or of the process before a fork, is not used."""
+        with contextlib.suppress(IndexError):
+            while link := self._idle.pop():
+                if link.access is self.access and link.process == os.getpid():
+                    return link
+                link.connection.close()
+        return None
+
+    def _keep(self, link: _Link, answer: _Answer, *, complete: bool) -> None:
+        """Keep a connection on which nothing is under way any more."""
+        link.used = True
+        if answer.closes or link.holds_more or not complete:
+            link.connection.close()
+        else:
+            self._idle.append(link)
+
+    def _close_idle(self) -> None:
+        """Where one kept connection was closed by the server, the others probably are, too."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().connection.close()
 
     def _connected(self) -> _Link:
         link = _Link(self.access)
@@ -811,7 +833,6 @@ class _Wire:
             yield
         except BaseException as error:
             link.connection.close()
-            self._local.link = None
             if isinstance(error, ssl.SSLError):  # not about certificates: those were looked at
                 raise ConnectionError(str(error)) from error
             raise
@@ -846,20 +867,17 @@ class _Wire:
             raise ValueError("a header holds the end of a line")
         return text.encode("iso-8859-1")
 
-    def _read(self, link: _Link, answer: _Answer, receiver: Receiver | None) -> Mapping[str, str]:
+    def _read(self, answer: _Answer, receiver: Receiver | None) -> _RefusalError | None:
+        """Hand the body on, or make of it what the server says against the request."""
         accepted = answer.status in (200, 204, 206)
         if accepted and receiver is not None:
             receiver.begin(answer.status, answer.headers)
             self._receive(answer, receiver)
-        else:
-            text = answer.read(ERROR_BYTES)
-            if not accepted or b"<Error>" in text:  # S3 may find the error after its 200
-                raise _refusal(answer.status, text, answer.headers)
-        link.used = True
-        if answer.closes or link.holds_more:
-            link.connection.close()
-            self._local.link = None
-        return answer.headers
+            return None
+        text = answer.read(ERROR_BYTES)
+        if accepted and b"<Error>" not in text:  # S3 may find the error after its 200
+            return None
+        return _refusal(answer.status, text, answer.headers)
 
     def _receive(self, answer: _Answer, receiver: Receiver) -> None:
         """Hand the body on."""

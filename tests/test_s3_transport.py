@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import signal
+import socket
 import socketserver
 import ssl
 import subprocess
@@ -1045,26 +1046,73 @@ def test_of_many_the_one_that_was_damaged_on_the_way_there_is_sent_again(
         assert server.content(key) == files[key].read_bytes()
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[http.client.HTTPConnection]:
+    """All connections that were opened so far."""
+    connections: list[http.client.HTTPConnection] = []
+    connect = s3._Access.connect
+
+    def noted(access: s3._Access) -> http.client.HTTPConnection:
+        connections.append(connect(access))
+        return connections[-1]
+
+    monkeypatch.setattr(s3._Access, "connect", noted)
+    return connections
+
+
 def test_many_small_objects_travel_over_a_few_kept_connections_without_a_question(
-    server: S3Server, proxy: FaultProxy, spoiled: s3.Bucket, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    proxy: FaultProxy, spoiled: s3.Bucket, tmp_path: Path,
+    opened: list[http.client.HTTPConnection],
 ) -> None:  # fmt: skip
-    opened, connect = itertools.count(), s3._Access.connect
-
-    def counted(access: s3._Access) -> http.client.HTTPConnection:
-        next(opened)
-        return connect(access)
-
-    monkeypatch.setattr(s3._Access, "connect", counted)
     files = [(random_file(tmp_path / str(n), 100, n), spoiled.key(str(n))) for n in range(100)]
     assert all(outcome.stored for outcome in spoiled.put_many(files))
     infos = list(spoiled.list(spoiled.key()))
     assert all(o.stored for o in spoiled.get_many((i, tmp_path / "to" / i.key) for i in infos))
-    assert next(opened) <= 65
+    assert len(opened) <= 33
     assert {(seen.operation, seen.status) for seen in proxy.log} == {
         ("PUT", 200), ("GET list-type", 200), ("GET", 200),
     }  # fmt: skip
     assert (len(proxy.seen("PUT")), len(proxy.seen("GET"))) == (100, 100)
+
+
+def test_connections_are_kept_after_refusals_and_for_all_pieces_of_a_stream(
+    proxy: FaultProxy, spoiled: s3.Bucket, opened: list[http.client.HTTPConnection]
+) -> None:
+    for _ in range(5):
+        assert spoiled.find(spoiled.key("nothing")) is None
+    assert len(opened) == 1
+    content = random_bytes(60_000_000, 1)
+    spoiled.put_bytes(content, spoiled.key("large"))
+    assert b"".join(spoiled.get_stream(spoiled.key("large"))) == content
+    assert len(proxy.seen("GET")) == 8
+    assert len(opened) <= 1 + s3.STREAM_LANES
+
+
+def test_kept_connections_that_the_server_has_closed_meanwhile_are_not_missed(
+    proxy: FaultProxy, spoiled: s3.Bucket, tmp_path: Path,
+    opened: list[http.client.HTTPConnection],
+) -> None:  # fmt: skip
+    files = [(random_file(tmp_path / str(n), 100, n), spoiled.key(str(n))) for n in range(100)]
+    assert all(outcome.stored for outcome in spoiled.put_many(files))
+    for connection in opened:
+        connection.sock.shutdown(socket.SHUT_RDWR)
+    before = len(opened)
+    assert spoiled.get_bytes(spoiled.key("7")) == files[7][0].read_bytes()
+    assert len(opened) == before + 1
+    assert len(proxy.seen("GET")) == 1
+
+
+def test_a_process_after_a_fork_uses_connections_of_its_own(
+    spoiled: s3.Bucket, opened: list[http.client.HTTPConnection]
+) -> None:
+    spoiled.put_bytes(b"content", spoiled.key("a"))
+    child = os.fork()
+    if not child:
+        sound = spoiled.get_bytes(spoiled.key("a")) == b"content" and len(opened) == 2
+        os._exit(0 if sound else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert spoiled.get_bytes(spoiled.key("a")) == b"content"
+    assert len(opened) == 1
 
 
 def test_a_slow_server_is_asked_for_more_at_once(bucket: s3.Bucket) -> None:
