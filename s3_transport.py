@@ -108,8 +108,19 @@ FETCH_LANES = 2, 6
 Threads that wait for each other only cost time: near a server, few of them fetch the most.
 """
 
-SMALL_LANES = 3, 32
-"""The same for many small objects, either way."""
+MEDIUM_LANES = 3, 32
+"""The same for many objects of up to one part, either way."""
+
+SMALL_BYTES = 256 * KIB
+SMALL_AHEAD = 4, 32
+"""The same for objects up to this size.
+
+A thread sends requests ahead, over a connection each, while the server works on those before:
+several threads would mostly wait for each other.
+"""
+
+LANE_AHEAD = 8
+"""So many requests of one thread may be under way; where more shall be, there are more threads."""
 
 OWN_SECONDS = 0.0005
 """About what a small object takes us: while a server thinks as long, one more can be under way."""
@@ -739,6 +750,13 @@ class _Answer:
         return bytes(text)
 
 
+class _Begun(NamedTuple):
+    """A request that was sent, and whose answer nobody has read yet."""
+
+    link: _Link
+    counted: _Counted
+
+
 class _Wire:
     """Sends and fetches object bodies, block by block, over connections that are kept for the next.
 
@@ -752,17 +770,33 @@ class _Wire:
         self._limiter = limiter
         self._idle: collections.deque[_Link] = collections.deque()
 
+    def begin(
+        self, request: _Request, body: bytes = b"", advance: Advance | None = None
+    ) -> _Begun | None:
+        """Send a request ahead; `exchange` reads the answer. None: let it do it all, and fail."""
+        counted = _Counted(advance)
+        try:
+            link = self._kept() or self._connected()
+            with self._closing_when_broken(link):
+                self._send(link, request, memoryview(body), counted)
+        except Exception as error:
+            log.debug("%s: %s", request.key, error)
+            counted.undo()
+            return None
+        return _Begun(link, counted)
+
     def exchange(
         self, request: _Request, body: bytes | memoryview = b"", advance: Advance | None = None,
-        receiver: Receiver | None = None,
+        receiver: Receiver | None = None, begun: _Begun | None = None,
     ) -> Mapping[str, str]:  # fmt: skip
         """Send a request; hand an accepted answer to `receiver`. Returns its headers.
 
-        `advance` hears of each block of `body`, and hears it back when the request fails.
+        `advance` hears of each block of `body`, and hears it back when the request fails. A request
+        that was `begun` is not sent again, unless its connection proves to be stale.
         """
-        counted = _Counted(advance)
+        counted = begun.counted if begun else _Counted(advance)
         try:
-            link, answer = self._answered(request, memoryview(body), counted)
+            link, answer = self._answered(request, memoryview(body), counted, begun)
             with self._closing_when_broken(link):
                 refusal = self._read(answer, receiver)
                 self._keep(link, answer, complete=counted.count == len(body))
@@ -774,13 +808,15 @@ class _Wire:
         return answer.headers
 
     def _answered(
-        self, request: _Request, body: memoryview, counted: _Counted
+        self, request: _Request, body: memoryview, counted: _Counted, begun: _Begun | None
     ) -> tuple[_Link, _Answer]:
         """The answer's head; a kept connection that the server has closed meanwhile is replaced."""
-        link = self._kept() or self._connected()
+        link = begun.link if begun else self._kept() or self._connected()
         try:
             with self._closing_when_broken(link):
-                return link, self._ask(link, request, body, counted)
+                if not begun:
+                    self._send(link, request, body, counted)
+                return link, self._answer(link, request, body, counted, timed=not begun)
         except ConnectionError:
             self._close_idle()
             if not link.used or request.method == "POST" or counted.count > BLOCK_BYTES:
@@ -788,7 +824,8 @@ class _Wire:
         counted.undo()
         link = self._connected()
         with self._closing_when_broken(link):
-            return link, self._ask(link, request, body, counted)
+            self._send(link, request, body, counted)
+            return link, self._answer(link, request, body, counted)
 
     def _kept(self) -> _Link | None:
         """An idle connection; one with other keys, or of the process before a fork, is not used."""
@@ -837,7 +874,7 @@ class _Wire:
                 raise ConnectionError(str(error)) from error
             raise
 
-    def _ask(self, link: _Link, request: _Request, body: memoryview, counted: _Counted) -> _Answer:
+    def _send(self, link: _Link, request: _Request, body: memoryview, counted: _Counted) -> None:
         head, socket = self._head(link.access, request, len(body)), link.connection.sock
         # A server may refuse before it has read everything: then its answer counts.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError) if body else _NOTHING:
@@ -846,10 +883,16 @@ class _Wire:
                 self._limiter.take(len(block))
                 socket.sendall(block if start else head + block)
                 counted.add(len(block))
+
+    def _answer(
+        self, link: _Link, request: _Request, body: memoryview, counted: _Counted,
+        timed: bool = True,
+    ) -> _Answer:  # fmt: skip
         started = time.monotonic()
         answer = _Answer(link, request.method)
-        taken = time.monotonic() - started
-        self.answer_seconds = min(taken, self.answer_seconds or taken)
+        if timed:
+            taken = time.monotonic() - started
+            self.answer_seconds = min(taken, self.answer_seconds or taken)
         if counted.count < len(body) and answer.status < 300:
             raise _BrokenAnswerError("the server accepted a body before it had all of it")
         return answer
@@ -1030,6 +1073,36 @@ class Outcome(NamedTuple):
     path: Path
     stored: Stored | None
     error: CloudError | None
+
+
+Steps = Generator[None, None, T]
+"""Work that pauses once its request is under way, and goes on with the answer."""
+
+
+def _outcome(key: str, path: Path, work: Callable[[], Stored]) -> Outcome:
+    """How one of many ended."""
+    try:
+        return Outcome(key, path, work(), None)
+    except CloudError as error:
+        return _failed(key, path, error)
+
+
+def _outcome_of_steps(key: str, path: Path, steps: Steps[Stored | None]) -> Steps[Outcome | None]:
+    """The same of work in steps, which may have nothing to tell."""
+    try:
+        stored = yield from steps
+    except CloudError as error:
+        return _failed(key, path, error)
+    return Outcome(key, path, stored, None) if stored else None
+
+
+def _failed(key: str, path: Path, error: CloudError) -> Outcome:
+    """A failure of one of many; what would meet all the others too is raised."""
+    own = UsageError, NotFoundError, IntegrityError, RefusedError
+    local = isinstance(error, AccessError) and isinstance(error.__cause__, OSError)
+    if local or isinstance(error, own):
+        return Outcome(key, path, None, error)
+    raise error
 
 
 class Check(NamedTuple):
@@ -1722,15 +1795,54 @@ def _in_lanes(lanes: int, jobs: Iterable[T], work: Callable[[T], R]) -> Iterator
 
     The first error ends it, after all threads have stopped; so does closing the iterator.
     """
-    shared = _SharedJobs(jobs)
+    return _in_threads(lanes, _SharedJobs(jobs), lambda shared: map(work, shared))
+
+
+def _in_lanes_ahead(
+    lanes: int, ahead: int, jobs: Iterable[T], work: Callable[[T], Steps[R]]
+) -> Iterator[R]:
+    """The same for work in steps, of which each lane has so many under way at once."""
+    return _in_threads(lanes, _SharedJobs(jobs), lambda shared: _ended(ahead, map(work, shared)))
+
+
+def _ended(ahead: int, begun: Iterable[Steps[R]]) -> Iterator[R]:
+    """What work in steps returns; each goes on when there is so much behind it."""
+    waiting: collections.deque[Steps[R]] = collections.deque()
+    for steps in begun:
+        try:
+            next(steps)
+        except StopIteration as end:
+            yield end.value
+            continue
+        waiting.append(steps)
+        if len(waiting) == ahead:
+            yield _end(waiting.popleft())
+    while waiting:
+        yield _end(waiting.popleft())
+
+
+def _end(steps: Steps[R]) -> R:
+    """Go on to the end."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        result: R = end.value
+        return result
+
+
+def _in_threads(
+    lanes: int, shared: _SharedJobs[T], work: Callable[[Iterable[T]], Iterator[R]]
+) -> Iterator[R]:
+    """What `work` makes of the jobs, which several threads share."""
     results: queue.SimpleQueue[tuple[R | None, BaseException | None, bool]] = queue.SimpleQueue()
 
     def run() -> None:
         error: BaseException | None = None
         try:
-            for job in shared:
-                results.put((work(job), None, False))
-                del job  # it may be large, and the next one may take its time
+            for result in work(shared):
+                results.put((result, None, False))
+                del result  # it may be large, and the next one may take its time
         except BaseException as caught:
             shared.stopped = True
             error = caught
@@ -1821,21 +1933,32 @@ class _Server:
             _operation(request), request.key,
         )  # fmt: skip
 
-    def receive_once(self, request: _Request, receiver: Receiver) -> None:
+    def receive_once(
+        self, request: _Request, receiver: Receiver, begun: _Begun | None = None
+    ) -> None:
         """The same, without another try; failures are botocore's and the system's."""
-        self._wire.exchange(request, receiver=receiver)
+        self._wire.exchange(request, receiver=receiver, begun=begun)
+
+    def begin(
+        self, request: _Request, body: bytes = b"", advance: Advance | None = None
+    ) -> _Begun | None:
+        """Send a request whose answer is read later, unless the server has asked for patience."""
+        calm = self._calm_at <= time.monotonic()
+        return self._wire.begin(request, body, advance) if calm else None
 
     def send(
-        self, request: _Request, body: bytes | memoryview, md5: str, advance: Advance | None
-    ) -> str:
+        self, request: _Request, body: bytes | memoryview, md5: str, advance: Advance | None,
+        begun: _Begun | None = None,
+    ) -> str:  # fmt: skip
         """One request with a body. The ETag, compared with the body's MD5.
 
         An object that arrived damaged does not stay, however the other attempts end.
         """
         damaged: list[str] = []
+        first = iter([begun])
 
         def attempt() -> str:
-            answer = self._wire.exchange(request, body, advance)
+            answer = self._wire.exchange(request, body, advance, begun=next(first, None))
             etag = answer.get("etag", "").strip('"')
             if not etag:
                 raise _BrokenAnswerError("the answer to a PUT has no ETag")
@@ -2388,11 +2511,16 @@ class Bucket:
     def _put(
         self, content: bytes, key: str, metadata: Mapping[str, str], advance: Advance | None
     ) -> Stored:
-        sha256 = hashlib.sha256(content).hexdigest()
-        request = put_request(key, content, metadata, sha256)
+        return self._send(put_request(key, content, metadata), content, advance)
+
+    def _send(
+        self, request: _Request, content: bytes, advance: Advance | None,
+        begun: _Begun | None = None,
+    ) -> Stored:  # fmt: skip
         md5 = base64.b64decode(request.headers["content-md5"]).hex()
-        etag = self._server.send(request, content, md5, advance)
-        return Stored(key, len(content), len(content), sha256, etag, SENT_CHECK)
+        etag = self._server.send(request, content, md5, advance, begun)
+        size = len(content)
+        return Stored(request.key, size, size, request.payload, etag, SENT_CHECK)
 
     # ── sending files
 
@@ -2475,47 +2603,49 @@ class Bucket:
         What is there is not asked for: who mirrors knows from a listing. Only failures that would
         meet all others too are raised.
         """
+        metadata, advance = metadata or {}, self.progress.advance
+        medium: list[tuple[Path, str]] = []
         large: list[tuple[Path, str]] = []
         room = _Room(IN_MEMORY_BYTES)
-        advance = self.progress.advance
 
-        def send(item: tuple[str | Path, str]) -> Outcome | None:
-            path, key = Path(item[0]), item[1]
+        def send_small(path: Path, key: str) -> Steps[Stored | None]:
+            file = _LocalFile(path)
+            if file.size > SMALL_BYTES:
+                (medium if file.size <= PART_BYTES else large).append((path, key))
+                return None
+            content = file.read()
+            request = put_request(key, content, file.metadata | dict(metadata))
+            begun = self._server.begin(request, content, advance)
+            yield
+            return self._send(request, content, advance, begun)
 
-            def work() -> Stored | None:
-                file = _LocalFile(path)
-                if file.size > PART_BYTES:
-                    large.append((path, key))
-                    return None
-                with room.taken(file.size):
-                    words = file.metadata | dict(metadata or {})
-                    return self._put(file.read(), key, words, advance)
+        def send_medium(path: Path, key: str) -> Stored:
+            file = _LocalFile(path)
+            with room.taken(file.size):
+                return self._put(file.read(), key, file.metadata | dict(metadata), advance)
 
-            return self._outcome(key, path, work)
+        def send_large(path: Path, key: str) -> Stored:
+            return self._put_file(_LocalFile(path), key, "", metadata, advance)
 
-        yield from filter(None, _in_lanes(self._server.lanes(*SMALL_LANES), items, send))
+        jobs = ((Path(path), key) for path, key in items)
+        yield from self._ahead(
+            jobs, lambda job: _outcome_of_steps(job[1], job[0], send_small(*job))
+        )
+        yield from self._side_by_side(
+            medium, lambda job: _outcome(job[1], job[0], lambda: send_medium(*job))
+        )
         for path, key in large:
-            outcome = self._outcome(
-                key, path,
-                lambda path=path, key=key: self._put_file(  # type: ignore[misc]
-                    _LocalFile(path), key, "", metadata or {}, advance
-                ),
-            )  # fmt: skip
-            if outcome:
-                yield outcome
+            yield _outcome(key, path, functools.partial(send_large, path, key))
 
-    @staticmethod
-    def _outcome(key: str, path: Path, work: Callable[[], Stored | None]) -> Outcome | None:
-        """How one of many ended; what would meet all the others too is raised."""
-        try:
-            stored = work()
-        except (UsageError, NotFoundError, IntegrityError, RefusedError) as error:
-            return Outcome(key, path, None, error)
-        except AccessError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            return Outcome(key, path, None, error)
-        return Outcome(key, path, stored, None) if stored else None
+    def _ahead(self, jobs: Iterable[T], work: Callable[[T], Steps[R | None]]) -> Iterator[R]:
+        """What came of the jobs, whose requests are sent ahead, where something did."""
+        requests = self._server.lanes(*SMALL_AHEAD)
+        lanes = -(-requests // LANE_AHEAD)
+        done = _in_lanes_ahead(lanes, requests // lanes, jobs, work)
+        return (one for one in done if one is not None)
+
+    def _side_by_side(self, jobs: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
+        return _in_lanes(self._server.lanes(*MEDIUM_LANES), jobs, work)
 
     # ── fetching files
 
@@ -2628,38 +2758,38 @@ class Bucket:
 
         Paths are the caller's choice: `local_name()` keeps hostile keys inside a folder.
         """
+        medium: list[tuple[ObjectInfo, Path]] = []
         large: list[tuple[ObjectInfo, Path]] = []
 
-        def fetch(item: tuple[ObjectInfo, str | Path]) -> Outcome | None:
-            info, path = item[0], Path(item[1])
+        def fetch_small(info: ObjectInfo, path: Path) -> Steps[Stored | None]:
+            if info.size > SMALL_BYTES:
+                (medium if info.size <= PART_BYTES else large).append((info, path))
+                return None
+            begun = self._server.begin(_Request("GET", info.key))
+            yield
+            return self._get_small(info, path, begun)
 
-            def work() -> Stored | None:
-                if info.size > PART_BYTES:
-                    large.append((info, path))
-                    return None
-                return self._get_small(info, path)
+        def fetch_large(info: ObjectInfo, path: Path) -> Stored:
+            return self._get_file(self.head(info.key), path, self.progress.advance)
 
-            return self._outcome(info.key, path, work)
-
-        yield from filter(None, _in_lanes(self._server.lanes(*SMALL_LANES), items, fetch))
+        jobs = ((info, Path(path)) for info, path in items)
+        yield from self._ahead(
+            jobs, lambda job: _outcome_of_steps(job[0].key, job[1], fetch_small(*job))
+        )
+        yield from self._side_by_side(
+            medium, lambda job: _outcome(job[0].key, job[1], lambda: self._get_small(*job))
+        )
         for info, path in large:
-            outcome = self._outcome(
-                info.key, path,
-                lambda info=info, path=path: self._get_file(  # type: ignore[misc]
-                    self.head(info.key), path, self.progress.advance
-                ),
-            )  # fmt: skip
-            if outcome:
-                yield outcome
+            yield _outcome(info.key, path, functools.partial(fetch_large, info, path))
 
-    def _get_small(self, info: ObjectInfo, target: Path) -> Stored:
+    def _get_small(self, info: ObjectInfo, target: Path, begun: _Begun | None = None) -> Stored:
         """One small object in one request: what its answer says of it is what it is checked by."""
         folder, name = os.path.split(target)
         part = os.path.join(folder, part_name(name, f"{self._server.place}/{info.key}"))
         with local_errors(target), _open_part(part) as stream:
             _lock(stream, part, target)
             try:
-                stored = self._receive_whole(info.key, part, stream)
+                stored = self._receive_whole(info.key, part, stream, begun)
                 _rename(stream, part, target)
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -2667,11 +2797,15 @@ class Bucket:
                 raise
         return stored
 
-    def _receive_whole(self, key: str, part: str, stream: IO[bytes]) -> Stored:
+    def _receive_whole(
+        self, key: str, part: str, stream: IO[bytes], begun: _Begun | None
+    ) -> Stored:
+        first = iter([begun])
+
         def attempt() -> Stored:
             whole = _Whole(key, part, stream, self.progress.advance)
             try:
-                self._server.receive_once(_Request("GET", key), whole)
+                self._server.receive_once(_Request("GET", key), whole, next(first, None))
                 return whole.finish()
             except BaseException:
                 whole.undo()
@@ -2776,7 +2910,7 @@ class Bucket:
             self._server.exchange(_Request("DELETE", key))
             return Outcome(key, Path(), Stored(key, 0, 0, "", "", ""), None)
 
-        return _in_lanes(self._server.lanes(*SMALL_LANES), keys, remove)
+        return self._side_by_side(keys, remove)
 
     # ── what servers can do
 

@@ -1102,6 +1102,44 @@ def test_kept_connections_that_the_server_has_closed_meanwhile_are_not_missed(
     assert len(proxy.seen("GET")) == 1
 
 
+def test_requests_sent_ahead_on_closed_connections_are_sent_again(
+    server: S3Server, proxy: FaultProxy, spoiled: s3.Bucket, tmp_path: Path,
+    opened: list[http.client.HTTPConnection],
+) -> None:  # fmt: skip
+    files = [(random_file(tmp_path / str(n), 100, n), spoiled.key(str(n))) for n in range(40)]
+    for again in range(2):
+        assert all(outcome.stored for outcome in spoiled.put_many(files))
+        for connection in opened:
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+        infos = list(spoiled.list(spoiled.key()))
+        for connection in opened:
+            with contextlib.suppress(OSError, AttributeError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+        pairs = [(info, tmp_path / f"to{again}" / info.key) for info in infos]
+        assert all(outcome.stored for outcome in spoiled.get_many(pairs))
+        assert len(pairs) == 40
+        assert all(path.read_bytes() == server.content(info.key) for info, path in pairs)
+
+
+def test_small_medium_and_large_files_travel_together(
+    server: S3Server, bucket: s3.Bucket, tmp_path: Path
+) -> None:
+    edges = 0, 1, s3.SMALL_BYTES, s3.SMALL_BYTES + 1, s3.PART_BYTES, s3.PART_BYTES + 1
+    files = [
+        (random_file(tmp_path / f"{size}.{n}", size, size + n), bucket.key(f"{size}.{n}"))
+        for size in edges for n in range(3)
+    ]  # fmt: skip
+    sent = {outcome.key: outcome.stored for outcome in bucket.put_many(files)}
+    assert sorted(sent) == sorted(key for _, key in files)
+    assert all(server.content(key) == path.read_bytes() for path, key in files)
+    infos = list(bucket.list(bucket.key()))
+    got = list(bucket.get_many((info, tmp_path / "to" / Path(info.key).name) for info in infos))
+    assert len(got) == len(files)
+    for path, key in files:
+        assert (tmp_path / "to" / Path(key).name).read_bytes() == path.read_bytes()
+
+
 def test_a_process_after_a_fork_uses_connections_of_its_own(
     spoiled: s3.Bucket, opened: list[http.client.HTTPConnection]
 ) -> None:
