@@ -1480,9 +1480,9 @@ if TYPE_CHECKING:
 
 SATELLITES = (
     "cloud_settings", "transfers", "ssh_transport", "hash_cache", "hf_transport", "hub_sync",
-    "hub_cards", "s3_transport", "s3_mirror", "s3_checkpoints", "s3_results", "docker_images",
-    "metrics_commands", "metrics_runs", "ssh_tunnel", "tensorboard_views", "wandb_runs",
-    "cloud_jobs",
+    "hub_cards", "s3_wire", "s3_transport", "s3_mirror", "s3_checkpoints", "s3_results",
+    "docker_images", "metrics_commands", "metrics_runs", "ssh_tunnel", "tensorboard_views",
+    "wandb_runs", "cloud_jobs",
 )  # fmt: skip
 """Modules beside this one, imported by the methods that need them."""
 

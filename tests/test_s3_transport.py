@@ -29,6 +29,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import s3_transport as s3
+import s3_wire
 from cloud_services import (
     SAME_COMMAND,
     AccessError,
@@ -1050,13 +1051,13 @@ def test_of_many_the_one_that_was_damaged_on_the_way_there_is_sent_again(
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[http.client.HTTPConnection]:
     """All connections that were opened so far."""
     connections: list[http.client.HTTPConnection] = []
-    connect = s3._Access.connect
+    connect = s3_wire.Access.connect
 
-    def noted(access: s3._Access) -> http.client.HTTPConnection:
+    def noted(access: s3_wire.Access) -> http.client.HTTPConnection:
         connections.append(connect(access))
         return connections[-1]
 
-    monkeypatch.setattr(s3._Access, "connect", noted)
+    monkeypatch.setattr(s3_wire.Access, "connect", noted)
     return connections
 
 
@@ -1281,9 +1282,9 @@ def test_an_answer_that_makes_no_sense_is_a_lost_link(answer: bytes) -> None:
 
 
 def test_no_header_can_smuggle_another_one_in(bucket: s3.Bucket) -> None:
-    request = s3._Request("GET", "a", {"if-match": '"etag"\r\nx-amz-acl: public-read'})
+    request = s3_wire.S3Request("GET", "a", {"if-match": '"etag"\r\nx-amz-acl: public-read'})
     with pytest.raises(ValueError, match="end of a line"):
-        s3._Wire._head(bucket._server.access, request, 0)
+        s3_wire.Wire._head(bucket._server.access, request, 0)
 
 
 # ---------------------------------------------------------------------------
@@ -1294,6 +1295,7 @@ SIDE = """
 import sys
 sys.path.insert(0, {root!r})
 import s3_transport as s3
+import s3_wire
 from cloud_settings import S3Settings
 bucket = s3.Bucket(S3Settings.resolve(bucket="bucket", limit_rate=100_000_000))
 print("ready", flush=True)
@@ -1577,7 +1579,7 @@ def test_a_bucket_that_does_not_exist_is_said_to_be_missing(
 def test_a_server_behind_a_wall_cannot_be_reached_and_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(s3, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(s3_wire, "CONNECT_SECONDS", 0.2)
     with silent_port() as port:
         bucket, started = open_bucket(f"http://127.0.0.1:{port}"), time.monotonic()
         with pytest.raises(ConnectError, match="cannot be reached"):
@@ -1766,7 +1768,7 @@ def test_on_aws_the_host_is_amazons(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = S3Settings.resolve(
         bucket="mine", region="eu-west-1", access_key_id="AKIDAKIDAKIDAKID", secret_access_key="s"
     )
-    access = s3._Access(settings)
+    access = s3_wire.Access(settings)
     assert (access.host, access.secure) == ("mine.s3.eu-west-1.amazonaws.com", True)
     assert access.path("a b/c") == "/a%20b/c"
 
@@ -1781,12 +1783,12 @@ def test_our_signature_is_the_one_that_botocore_makes(monkeypatch: pytest.Monkey
         bucket="bucket", region="eu-west-1", endpoint_url="https://host.example",
         access_key_id="AKID", secret_access_key="SECRET", session_token="TOKEN",
     )  # fmt: skip
-    access = s3._Access(settings)
-    request = s3._Request(
+    access = s3_wire.Access(settings)
+    request = s3_wire.S3Request(
         "PUT", "a b/ü+%", {"x-amz-meta-a": "1", "content-md5": "abc"},
-        (("uploadId", "x/y+z"), ("partNumber", "3")), s3.UNSIGNED,
+        (("uploadId", "x/y+z"), ("partNumber", "3")), s3_wire.UNSIGNED,
     )  # fmt: skip
-    path, query = access.path(request.key), s3._query(request.query)
+    path, query = access.path(request.key), s3_wire.query_string(request.query)
     ours = access.signed(request, path, query)
     theirs = awsrequest.AWSRequest(
         "PUT", f"https://host.example{path}?{query}",
@@ -1922,13 +1924,13 @@ def test_an_error_of_tls_counts_as_a_broken_link_and_not_as_a_wrong_certificate(
     server: S3Server, bucket: s3.Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket.put_bytes(b"x", bucket.key("a"))
-    read, errors = s3._Wire._receive, [ssl.SSLError("BAD_RECORD_MAC"), ssl.SSLEOFError("EOF")]
+    read, errors = s3_wire.Wire._receive, [ssl.SSLError("BAD_RECORD_MAC"), ssl.SSLEOFError("EOF")]
 
-    def fail(self: s3._Wire, *arguments: Any) -> None:
+    def fail(self: s3_wire.Wire, *arguments: Any) -> None:
         if errors:
             raise errors.pop()
         read(self, *arguments)
 
-    monkeypatch.setattr(s3._Wire, "_receive", fail)
+    monkeypatch.setattr(s3_wire.Wire, "_receive", fail)
     assert bucket.get_bytes(bucket.key("a")) == b"x"
     assert not errors
