@@ -2425,8 +2425,13 @@ def command(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
 
 
 def all_commands() -> list[Command]:
-    """Every subcommand, those of the satellites included."""
-    return [entry.loaded() for entry in list(COMMANDS.values())]
+    """Every subcommand, those of the satellites that are here included."""
+    return [entry.loaded() for entry in list(COMMANDS.values()) if _is_here(entry)]
+
+
+def _is_here(entry: Command | LaterCommand) -> bool:
+    """Whether the satellite that registers it, if any, was copied as well."""
+    return isinstance(entry, Command) or _is_importable(entry.module)
 
 
 class Outcome(NamedTuple):
@@ -2509,11 +2514,14 @@ class Console:
             self.note(f"next: {outcome.next_command}")
 
     def show_now(self, outcome: Outcome) -> None:
-        """Print what is known while the command goes on; that is its result, also with --quiet."""
+        """Print what is known while the command goes on; that is its result, also with --quiet.
+
+        With --json it is the one document: an error after it goes to stderr alone.
+        """
         quiet, self.quiet = self.quiet, False
         with _written_out():
             self.show(outcome)
-        self.quiet = quiet
+        self.quiet, self.json = quiet, False
 
     def show_error(self, error: CloudError) -> None:
         """One clear line and a hint on stderr; a document on stdout for scripts."""
@@ -2633,10 +2641,12 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     named = next((word for word in words or () if not word.startswith("-")), "")
-    if words is not None and named not in COMMANDS:  # the names are enough for help and for errors
-        for known in COMMANDS.values():
+    if words is not None and (named not in COMMANDS or _asks_for_help(words[: words.index(named)])):
+        for known in COMMANDS.values():  # the names are enough for help and for errors
             subparsers.add_parser(known.name, help=known.summary, add_help=False)
         return parser
+    for absent in () if named else [one for one in COMMANDS.values() if not _is_here(one)]:
+        subparsers.add_parser(absent.name, help=absent.summary, add_help=False)
     for entry in (COMMANDS[named].loaded(),) if named else all_commands():
         subparser = subparsers.add_parser(
             entry.name, help=entry.summary, description=_dedent(entry.text), parents=[common],
@@ -2645,6 +2655,11 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         for argument in entry.arguments:
             argument.add_to(subparser)
     return parser
+
+
+def _asks_for_help(options: Sequence[str]) -> bool:
+    """Whether the help of all commands is asked for, by what stands before the command."""
+    return any(re.fullmatch(r"--help|-[a-z]*h[a-z]*", option) for option in options)
 
 
 def _dedent(docstring: str) -> str:
@@ -3557,9 +3572,11 @@ for _later in (
 
 
 @command("completion", Argument("shell", choices=("bash", "zsh")))
-def completion(args: argparse.Namespace, _console: Console) -> Outcome:
+def completion(args: argparse.Namespace, console: Console) -> Outcome:
     """Print a completion script: source <(python cloud_services.py completion bash)."""
     words = {entry.name: _option_words(entry) for entry in all_commands()}
+    if absent := [name for name in COMMANDS if name not in words]:
+        console.note(f"left out, as their modules are not here: {', '.join(absent)}")
     script = completion_script(args.shell, words)
     return Outcome({"script": script}, lines=script.splitlines())
 
@@ -3769,11 +3786,30 @@ GC_THRESHOLD = 200_000
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived: unwind, so that nothing half-written stays behind."""
+    """SIGTERM or SIGHUP arrived: unwind, so that nothing half-written or running stays behind."""
 
 
-def _terminate(_signum: int, _frame: object) -> NoReturn:
+def _terminate(signum: int, _frame: object) -> NoReturn:
+    if signum != signal.SIGTERM:  # of a terminal that was closed it often comes twice
+        signal.signal(signum, signal.SIG_IGN)
     raise Terminated
+
+
+@contextlib.contextmanager
+def _handled_signals() -> Iterator[None]:
+    """Raise Terminated for SIGTERM, and for SIGHUP where nobody (nohup, a caller) decided on it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, _terminate) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3781,20 +3817,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     _make_streams_safe()
     collecting = gc.get_threshold()
     gc.set_threshold(GC_THRESHOLD, *collecting[1:])
-    handled = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if handled else None
+    with _handled_signals():
+        try:
+            return int(_run(argv))
+        except KeyboardInterrupt:
+            return _stopped("interrupted", ExitCode.INTERRUPTED)
+        except Terminated:
+            return _stopped("terminated", ExitCode.TERMINATED)
+        finally:
+            gc.set_threshold(*collecting)
+
+
+def _stopped(how: str, code: ExitCode) -> int:
     try:
-        return int(_run(argv))
-    except KeyboardInterrupt:
-        print("interrupted; " + SAME_COMMAND, file=sys.stderr)
-        return int(ExitCode.INTERRUPTED)
-    except Terminated:
-        print("terminated; " + SAME_COMMAND, file=sys.stderr)
-        return int(ExitCode.TERMINATED)
-    finally:
-        gc.set_threshold(*collecting)
-        if handled:
-            signal.signal(signal.SIGTERM, before)
+        print(f"{how}; {SAME_COMMAND}", file=sys.stderr, flush=True)
+    except OSError:  # the terminal is closed
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # for the flush at exit
+    return int(code)
 
 
 def command_line() -> NoReturn:

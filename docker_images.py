@@ -435,7 +435,7 @@ class _Child:
 def find_engine(name: str | None = None) -> _Engine:
     """The engine of that name; without one docker, or podman where docker is not to be had."""
     if name not in (None, *ENGINES):
-        raise UsageError(f"the engine is {' or '.join(ENGINES)}, not {name}")
+        raise UsageError(f"an engine is one of {', '.join(ENGINES)}")
     found = [_Engine(one, path) for one in ENGINES if (path := shutil.which(one))]
     found = [engine for engine in found if name in (None, engine.name)]
     if not found:

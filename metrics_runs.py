@@ -19,20 +19,24 @@ record whose checksum was found right.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import html
 import io
+import logging
 import math
 import os
 import re
 import shlex
+import stat
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cloud_services import (
+    CloudError,
     NotFoundError,
     NothingYetError,
     UsageError,
@@ -42,6 +46,8 @@ from cloud_services import (
     printable,
     replacing,
 )
+
+log = logging.getLogger("cloud_services")
 
 LOGS = "workspace/models/logs"
 LIST = "python cloud_services.py list-runs"
@@ -56,6 +62,9 @@ MOST_POINTS = 2000
 BLOCK_BYTES = 4 * 1024 * 1024
 LARGEST_EVENT = 1024 * 1024
 """Longer events are images and graphs; they are skipped."""
+
+LATEST_TIME = 2.0**36
+"""The year 4147: a time after it, or before 1970, is none."""
 
 
 # ── results ──────────────────────────────────────────────────────────────────────────────────────
@@ -140,6 +149,7 @@ class Run(NamedTuple):
         for role in ROLES:
             figure = document[role]
             document[role] = figure and {k: _json(v) for k, v in figure._asdict().items()}
+        document["hyperparameters"] = {k: _json(v) for k, v in self.hyperparameters.items()}
         others = {tag: _json(value) for tag, value in self.other.items()}
         return {**document, "folder": str(self.folder), "other": others}
 
@@ -167,7 +177,10 @@ class Comparison(NamedTuple):
 
     def table(self) -> list[tuple[str, ...]]:
         """All of it as text, a heading first."""
-        rows = [(row.name, *map(_shown, row.values)) for row in self.metrics + self.hyperparameters]
+        rows = [
+            (printable(row.name), *map(_shown, row.values))
+            for row in self.metrics + self.hyperparameters
+        ]
         return [("", *(printable(run.name) for run in self.runs)), *rows]
 
     def document(self) -> dict[str, Any]:
@@ -408,7 +421,7 @@ class _Reader:
         for series in self.series.values():
             if series.latest is not None:
                 self._check_latest(block, series)
-            if series.last is not None:
+            if series.last is not None and 0 < series.last.wall_time < LATEST_TIME:
                 self.ended = max(series.last.wall_time, self.ended or 0.0)
 
     # ── events of any kind
@@ -429,7 +442,8 @@ class _Reader:
         self._note_time(event)
         for value in event.values:
             if value.plugin == "hparams":
-                self._take_hyperparameters(value.content)
+                with contextlib.suppress(ValueError, struct.error):  # another version's, say
+                    self._take_hyperparameters(value.content)
             elif value.number is not None and self._is_scalar(value):
                 self._take_scalar(event, value)
         if len(event.values) == 1 and event.values[0].number is not None:
@@ -440,7 +454,7 @@ class _Reader:
         return value.simple or value.plugin == "scalars" or value.tag in self.series
 
     def _note_time(self, event: _Event) -> None:
-        if event.wall_time > 0:
+        if 0 < event.wall_time < LATEST_TIME:
             self.started = min(event.wall_time, self.started or event.wall_time)
             self.ended = max(event.wall_time, self.ended or 0.0)
 
@@ -601,7 +615,8 @@ def _plugin(metadata: bytes) -> tuple[str, bytes]:
     for number, value in _fields(metadata):
         if number == 1:
             fields = dict(_fields(_bytes(value)))
-            return bytes(fields.get(1, b"")).decode("utf-8", "replace"), bytes(fields.get(2, b""))
+            name, content = (_bytes(fields.get(key, b"")) for key in (1, 2))
+            return name.decode("utf-8", "replace"), content
     return "", b""
 
 
@@ -697,29 +712,51 @@ def _epochs(curves: Mapping[str, Curve]) -> int | None:
 def list_runs(root: str | Path = LOGS) -> list[Run]:
     """Every run below a folder, the newest first.
 
-    A run is a folder that holds event files itself. Raises NotFoundError when the folder does not
+    A run is a folder that holds event files itself. What cannot be read, wholly or in part, is
+    named in a warning, and the others are listed. Raises NotFoundError when the folder does not
     exist, NothingYetError when it holds no run.
     """
     runs = []
-    for name, folder in run_folders(root).items():
+    for name, folder in run_folders(root, log.warning).items():
         try:
             runs.append(read_run(folder, name))
-        except NotFoundError:
-            if folder.exists():
-                raise
-            # somebody has just removed it
+        except (CloudError, OSError) as error:
+            if os.path.exists(folder):  # otherwise somebody has just removed it
+                log.warning(LEFT_OUT, printable(folder), printable(error))
+        else:
+            _warn_of_damage(runs[-1])
     return sorted(runs, key=lambda run: (-(run.started or 0.0), run.name))
 
 
-def run_folders(root: str | Path) -> dict[str, Path]:
-    """The folders of all runs, by name, without reading them; raises what list_runs() raises."""
+def _warn_of_damage(run: Run) -> None:
+    if run.damaged:
+        places = "place" if run.damaged == 1 else "places"
+        text = "%s is damaged in %d %s: what is whole is shown"
+        log.warning(text, printable(run.name), run.damaged, places)
+
+
+Told = Callable[[str, object, object], None]
+
+
+def run_folders(root: str | Path, told: Told = log.debug) -> dict[str, Path]:
+    """The folders of all runs, by name, without reading them; raises what list_runs() raises.
+
+    `told` hears what is passed over: a format, an entry, and why.
+    """
     top = Path(root)
     if not top.is_dir():
         raise NotFoundError(f"{printable(top)}: there is no such folder", f"{LIST} --logs FOLDER")
+
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == top:
+            with local_errors(top):
+                raise error
+        told(LEFT_OUT, printable(error.filename), error.strerror)
+
     found = {}
-    for folder, below, files in os.walk(top):
+    for folder, below, files in os.walk(top, onerror=unreadable):
         below[:] = [name for name in below if name != "wandb" and not name.startswith(".")]
-        if any(_is_event_file(Path(folder, name)) for name in files):
+        if [name for name in files if _is_event_file(Path(folder, name), told)]:
             path = Path(folder)
             found[path.relative_to(top).as_posix() if path != top else top.resolve().name] = path
     if not found:
@@ -727,10 +764,23 @@ def run_folders(root: str | Path) -> dict[str, Path]:
     return found
 
 
-def _is_event_file(path: Path) -> bool:
-    """What a transfer has not finished, and a link to nothing, is none."""
+LEFT_OUT = "%s is left out: %s"
+
+
+def _is_event_file(path: Path, told: Told = log.debug) -> bool:
+    """Whether it is one by its name and its kind; what is of another kind is told."""
     hidden = path.name.startswith(".") or path.name.endswith(".part")
-    return "tfevents" in path.name and not hidden and path.is_file()
+    if "tfevents" not in path.name or hidden:
+        return False
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        why = "a link to nothing" if os.path.islink(path) else error.strerror
+        told(LEFT_OUT, printable(path), why)
+        return False
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        told(LEFT_OUT, printable(path), "it is no file")
+    return stat.S_ISREG(mode)
 
 
 def read_run(folder: str | Path, name: str = "") -> Run:

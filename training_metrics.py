@@ -27,11 +27,13 @@ import importlib
 import importlib.util
 import inspect
 import io
+import itertools
 import logging
 import math
 import os
 import platform
 import re
+import reprlib
 import signal
 import socket
 import struct
@@ -46,6 +48,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 log = logging.getLogger("training_metrics")
 T = TypeVar("T")
+U = TypeVar("U")
 
 WANDB_NAMES = {
     "Loss/Train_Batch": "train_loss_batch",
@@ -59,6 +62,7 @@ WANDB_NAMES = {
 """What each TensorBoard tag is called in W&B."""
 
 DEFAULT_WANDB_PROJECT = "xauusd-ai-ea"
+DEFAULT_LOG_ROOT = "workspace/models/logs"
 
 FLUSH_SECONDS = 1.0
 """So long a point waits at most until it is written."""
@@ -81,10 +85,18 @@ WANDB_BATCH_SECONDS = 1.0
 WANDB_START_SECONDS = 30.0
 """So long W&B may take to start; then the run is recorded offline."""
 
-CLOSE_SECONDS, WANDB_CLOSE_SECONDS, SIGTERM_CLOSE_SECONDS = 10.0, 60.0, 20.0
-"""So long the end waits for the disk, for W&B, and for both after a SIGTERM."""
+CLOSE_SECONDS, WANDB_CLOSE_SECONDS, SIGNAL_CLOSE_SECONDS = 10.0, 60.0, 20.0
+"""So long the end waits for the disk, for W&B, and for both after a signal."""
+
+WAIT_SECONDS = 0.2
+"""While it waits it looks so often whether a signal has shortened the time."""
 
 LONGEST_TEXT = 500
+MOST_SETTINGS = 1000
+"""So many settings of a configuration are logged at most."""
+
+DEEPEST = 8
+"""Configurations are nested so deep at most; what lies deeper is logged as an ellipsis."""
 
 
 class MissingTensorBoardError(ImportError):
@@ -132,61 +144,182 @@ def flat_config(config: object) -> dict[str, bool | int | float | str]:
     """A configuration as one level of names and plain values, nested names joined by dots.
 
     Takes a mapping, a dataclass, an argparse Namespace or any object with attributes. What looks
-    like a password, key or token is replaced by "(hidden)".
+    like a password, key or token is replaced by "(hidden)". It never raises, and takes at most
+    MOST_SETTINGS of whatever it is given.
     """
     members = _members(config)
     if members is None:
-        members = dict(getattr(config, "__dict__", {})) or {"config": config}
-    flat: dict[str, bool | int | float | str] = {}
-    for name, value in _leaves(members, ()):
-        flat[_sound(name)] = "(hidden)" if _is_secret(name, value) else _plain(value)
-    return flat
+        attributes = _attempt(lambda: vars(config), {})
+        members = {"config": config} if not attributes else _taken(attributes)
+    leaves = _leaves(members, (), (id(config),))
+    plain = ((path, _plain(value)) for path, value in itertools.islice(leaves, MOST_SETTINGS))
+    return {".".join(path): HIDDEN if _is_secret(path, value) else value for path, value in plain}
 
 
-def _leaves(config: object, path: tuple[str, ...]) -> Iterator[tuple[str, object]]:
-    members = _members(config)
-    if members is None or len(path) > 8:  # something that contains itself ends somewhere
-        yield ".".join(path), config
-        return
+def _leaves(
+    members: Mapping[str, object], path: tuple[str, ...], above: tuple[int, ...]
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Every value with the names that lead to it; `above` are the containers it is in."""
     for name, value in members.items():
-        yield from _leaves(value, (*path, str(name)))
+        there = (*path, name)
+        inner = _members(value)
+        if inner is None:
+            yield there, value
+        elif id(value) in above or len(there) >= DEEPEST:
+            yield there, "…"
+        else:
+            yield from _leaves(inner, there, (*above, id(value)))
 
 
-def _members(config: object) -> Mapping[Any, Any] | None:
+def _members(value: object) -> dict[str, object] | None:
     """The names and values in a container; None for a value."""
-    if isinstance(config, Mapping):
-        return config
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return vars(config) if isinstance(config, (argparse.Namespace, SimpleNamespace)) else None
+    return _attempt(lambda: _container(value), None)
+
+
+def _container(value: Any) -> dict[str, object] | None:
+    if isinstance(value, Mapping):
+        return _taken(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: _attempt(partial(getattr, value, name), UNREADABLE) for name in names}
+    if isinstance(value, (argparse.Namespace, SimpleNamespace)):
+        return _taken(vars(value))
+    if isinstance(value, (list, tuple)):  # of plain values it is a value itself
+        some = value[:MOST_SETTINGS]
+        if any(isinstance(one, Mapping) or dataclasses.is_dataclass(one) for one in some):
+            return {str(number): one for number, one in enumerate(some)}
+    return None
+
+
+def _taken(mapping: Mapping[Any, Any]) -> dict[str, object]:
+    """The first entries of a mapping, each read on its own: one may be what cannot be read."""
+    keys = list(itertools.islice(mapping, MOST_SETTINGS))
+    return {_text(key): _attempt(partial(mapping.__getitem__, key), UNREADABLE) for key in keys}
+
+
+def _attempt(work: Callable[[], T], otherwise: U) -> T | U:
+    """What it gives; `otherwise` when it raises, as code of others may."""
+    try:
+        return work()
+    except Exception:
+        return otherwise
 
 
 def _plain(value: object) -> bool | int | float | str:
-    if hasattr(value, "item"):
-        with contextlib.suppress(Exception):  # an array of several elements, say
-            value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, (bool, int, float)):
+    """A value that TensorBoard and W&B take, whatever it is."""
+    item = _attempt(lambda: getattr(value, "item", None), None)
+    if item is not None:  # an array of several elements raises, say
+        value = _attempt(item, value)
+    number = _attempt(lambda: _plain_number(value), None)
+    return _redacted(_text(value)) if number is None else number
+
+
+def _plain_number(value: object) -> bool | int | float | str | None:
+    """A number, in words when it fits into no 64 bits; None for what is none."""
+    if isinstance(value, bool):
         return value
-    return _sound(str(value)[:LONGEST_TEXT])
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    if not isinstance(value, int):
+        return None
+    bits = value.bit_length()
+    if bits < 64:
+        return int(value)
+    return str(value) if bits < 1000 else f"(an integer of {bits} bits)"  # str() may refuse it
+
+
+def _text(value: object) -> str:
+    """A text of anything, neither long nor slow, without what cannot be encoded."""
+    return _sound(_attempt(lambda: _shortened(value), UNREADABLE)[:LONGEST_TEXT])
+
+
+def _shortened(value: object) -> str:
+    if isinstance(value, (str, bytes)):
+        return str(value[:LONGEST_TEXT])
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        return SHORTENER.repr(value)
+    return str(value)
+
+
+def _shortener() -> reprlib.Repr:
+    """A repr() for containers that may be huge."""
+    short = reprlib.Repr()
+    short.maxlevel = 3
+    short.maxlist = short.maxtuple = short.maxset = short.maxfrozenset = short.maxdict = 50
+    short.maxstring = short.maxother = LONGEST_TEXT
+    return short
+
+
+SHORTENER = _shortener()
+UNREADABLE, HIDDEN = "(unreadable)", "(hidden)"
 
 
 def _sound(text: str) -> str:
     """A text that can be encoded, whatever undecodable bytes it was made of."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return str(text.encode("utf-8", "backslashreplace").decode())
 
 
-SECRET_NAME = re.compile(
-    r"(secret|passw(or)?d|credentials?|(api|access|private)_?key|token)$", re.IGNORECASE
+# ── what stays out of every log
+
+SECRET_WORDS = {
+    "secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd", "credential",
+    "credentials", "auth", "oauth", "authorization", "authentication", "bearer", "cookie",
+    "cookies", "apikey", "apikeys", "accesskey", "privatekey", "dsn",
+}  # fmt: skip
+OWNERS = {
+    "access", "account", "api", "auth", "aws", "csrf", "deploy", "encryption", "github", "hf",
+    "hub", "license", "openai", "private", "refresh", "service", "session", "signing", "ssh",
+    "wandb",
+}  # fmt: skip
+"""A `key` beside one of these is a secret; alone it may be anything."""
+
+TEXT_TOKENS = {
+    "audio", "blank", "bos", "cls", "end", "eos", "image", "mask", "middle", "oov", "pad", "prefix",
+    "sep", "separator", "sos", "special", "start", "stop", "suffix", "unk", "video",
+}  # fmt: skip
+"""A `pad_token` is a hyperparameter; every other token that is a text is a secret."""
+
+SECRET_TEXT = re.compile(
+    r"\bbearer\s+\S|://[^/\s:@]*:[^/\s@]+@"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY|\b(?-i:(AKIA|ASIA)[A-Z0-9]{12,})"
+    r"|\bhf_[a-z0-9]{20,}|\b(gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-|wandb_v1_)[\w-]{8,}"
+    r"|\beyJ[\w-]{8,}\.[\w-]+\."
+    r"|(secret|passw(or)?d|passphrase|credentials?|authorization|(api|access|private)[_-]?key"
+    r"|(access|api|auth|github|hf|hub|refresh|session|wandb)[_-]?token)[\w-]*['\"]?\s*[:=]\s*\S",
+    re.IGNORECASE,
 )
+"""What a secret looks like, or a text that names one and its value."""
 
 
-def _is_secret(name: str, value: object) -> bool:
-    """A `pad_token` is a hyperparameter, a `hub_token` is none: its text is long."""
-    if not isinstance(value, str) or not SECRET_NAME.search(name):
+def _is_secret(path: Sequence[str], value: bool | int | float | str) -> bool:
+    """Whether a setting is a secret, by its name and the names of what it is in."""
+    if isinstance(value, bool) or value in ("", "None"):
         return False
-    return not name.lower().endswith("token") or len(value) >= 16
+    number = isinstance(value, (int, float))
+    words = [_words_of(name) for name in path]
+    return any(_names_secret(them) or (not number and _names_token(them)) for them in words)
+
+
+def _words_of(name: str) -> list[str]:
+    """The words of a name such as `hub_token` or `hubToken`."""
+    return re.findall(r"[a-z]+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
+
+
+def _names_secret(words: Sequence[str]) -> bool:
+    found = set(words)
+    return bool(found & SECRET_WORDS or (found & {"key", "keys"} and found & OWNERS))
+
+
+def _names_token(words: Sequence[str]) -> bool:
+    found, tokens = set(words), {"token", "tokens"}
+    if not found & tokens or found & TEXT_TOKENS:
+        return False
+    return words[-1] in tokens or bool(found & OWNERS)
+
+
+def _redacted(text: str) -> str:
+    """A text, or that it is hidden when there seems to be a secret in it."""
+    return HIDDEN if SECRET_TEXT.search(text) else text
 
 
 def device_name() -> str:
@@ -199,7 +332,7 @@ def device_name() -> str:
             return f"cuda: {torch.cuda.get_device_name()}" if started else "cuda"
         if torch and torch.backends.mps.is_available():
             return "mps"
-    return f"cpu: {platform.processor() or platform.machine()}"
+    return _attempt(lambda: f"cpu: {platform.processor() or platform.machine()}", "cpu")
 
 
 class Epoch(NamedTuple):
@@ -329,7 +462,11 @@ class _Writer:
         self._warned = False
         self._retry_at = 0.0
         self._thread = threading.Thread(target=self._run, name=f"metrics: {sink.name}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # too many of them, or the program is about to end
+            self._unusable = _words(error)
+            _warn("%s: %s. The training goes on without it.", sink.name, self._unusable)
 
     # ── from the training's thread
 
@@ -338,13 +475,21 @@ class _Writer:
         self._outcome = outcome
         self._wake.set()
 
-    def wait(self, seconds: float) -> str:
-        """Wait for the end, so many seconds at most; what is missing, in words."""
-        self._thread.join(max(0.0, seconds))
+    def wait(self, until: Callable[[], float]) -> str:
+        """Wait for the end, until that time at most; what is missing, in words.
+
+        The time is asked for again and again: a signal may bring it forward.
+        """
+        started = time.monotonic()
+        while self._thread.is_alive() and (left := until() - time.monotonic()) > 0:
+            self._thread.join(min(left, WAIT_SECONDS))
         if self._unusable:
             return f"everything: {self._unusable}"
         if self._thread.is_alive():
+            seconds = time.monotonic() - started
             self.trouble = self.trouble or f"it was not done after {seconds:.0f} s"
+        elif self.backlog:
+            self.trouble = self.trouble or "its thread has ended"
         words = []
         if self.trouble:
             words.append(f"{self.backlog.left() or 'the end of the run'}: {self.trouble}")
@@ -383,26 +528,36 @@ class _Writer:
         """Whether it went well; the first failure is said, and all are followed by a pause."""
         try:
             work()
-        except Exception as error:
+        except BaseException as error:  # a sys.exit within must not end this thread in silence
             self.trouble = _words(error)
             self._retry_at = time.monotonic() + RETRY_SECONDS
             if not self._warned:
                 self._warned = True
-                log.warning(
+                _warn(
                     "%s: %s. The training goes on, and writing is tried again.",
                     self.sink.name, self.trouble,
                 )  # fmt: skip
             return False
         if self.trouble and not self.backlog:
-            log.info("%s: it works again, and all that waited is written", self.sink.name)
+            _say(logging.INFO, "%s: it works again, and all that waited is written", self.sink.name)
             self.trouble = ""
         return True
 
 
 def _words(error: BaseException) -> str:
-    """An exception in one line."""
-    text = " ".join(str(error).split())[:LONGEST_TEXT]
-    return _sound(f"{type(error).__name__}: {text}") if text else type(error).__name__
+    """An exception in one line, without a secret that it may quote."""
+    text = _redacted(" ".join(_text(error).split()))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _warn(message: str, *details: object) -> None:
+    _say(logging.WARNING, message, *details)
+
+
+def _say(level: int, message: str, *details: object) -> None:
+    """Log, whatever handlers and filters a training has made."""
+    with contextlib.suppress(Exception):
+        log.log(level, message, *details)
 
 
 # ── TensorBoard ──────────────────────────────────────────────────────────────────────────────────
@@ -652,7 +807,7 @@ class _Wandb:
 
     def open(self) -> str:
         if not _is_installed("wandb"):
-            log.warning("W&B: the Python package wandb is not installed: pip install wandb")
+            _warn("W&B: the Python package wandb is not installed: pip install wandb")
             return "the Python package wandb is not installed"
         for offline in (False, True):
             try:
@@ -660,7 +815,7 @@ class _Wandb:
             except Exception as error:
                 trouble = _words(error)
                 then = "without W&B" if offline else "and W&B is tried offline"
-                log.warning("W&B: %s. The training goes on, %s.", trouble, then)
+                _warn("W&B: %s. The training goes on, %s.", trouble, then)
             else:
                 self._started()
                 return ""
@@ -684,7 +839,8 @@ class _Wandb:
             self._run.summary["error"] = outcome.error
         self._run.finish(exit_code=outcome.exit_code)
         if _is_offline(self._run):
-            log.info("W&B: send the offline run with: wandb sync %s", Path(self._run.dir).parent)
+            place = Path(self._run.dir).parent
+            _say(logging.INFO, "W&B: send the offline run with: wandb sync %s", place)
 
     def _start(self, offline: bool) -> Any:
         wandb = importlib.import_module("wandb")
@@ -704,9 +860,9 @@ class _Wandb:
 
 def _is_installed(package: str) -> bool:
     """Whether it can be found; None in sys.modules stands for one that must not be imported."""
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(Exception):  # ValueError for one without a spec
         return importlib.util.find_spec(package) is not None
-    return package in sys.modules and sys.modules[package] is not None
+    return sys.modules.get(package) is not None
 
 
 def _start_seconds() -> float:
@@ -728,9 +884,7 @@ def _may_go_online(wandb: Any) -> bool:
     else:
         logged_in = wandb.api.api_key
     if not logged_in:
-        log.warning(
-            "W&B: not logged in, so the run is recorded offline. Log in with: wandb login"
-        )  # fmt: skip
+        _warn("W&B: not logged in, so the run is recorded offline. Log in with: wandb login")
     return bool(logged_in)
 
 
@@ -885,7 +1039,7 @@ class TrainingMetrics:
     def __init__(
         self,
         model_type: str,
-        log_root: str | os.PathLike[str] = "workspace/models/logs",
+        log_root: str | os.PathLike[str] = DEFAULT_LOG_ROOT,
         use_wandb: bool = False,
         wandb_project: str = DEFAULT_WANDB_PROJECT,
         config: object = None,
@@ -910,31 +1064,39 @@ class TrainingMetrics:
         self._advisor = Advisor()
         self._writers: list[_Writer] = []
         self._closed = not self.writes
-        self._terminated = False
-        name = _safe_name(model_type)
-        self.folder = Path(log_root).absolute() / f"{name}_{time.strftime('%Y%m%d_%H%M%S')}"
+        self._closing = False
+        self._hurried = False
+        self._late_signal = 0
+        self._last_moment = math.inf
+        name = f"{_safe_name(model_type)}_{time.strftime('%Y%m%d_%H%M%S')}"
+        self.folder = _absolute(log_root) / name
         if self.writes:
             known = flat_config({} if config is None else config)
-            known = {"model_type": str(model_type), "device": str(device or device_name()), **known}
+            on = device_name() if device is None else _text(device)
+            known = {"model_type": _text(model_type), "device": on, **known}
             self._start(known, wandb_project if use_wandb else None)
         elif not _is_installed("tensorboard"):  # or the other ranks would wait for rank zero
             raise MissingTensorBoardError(INSTALL_TENSORBOARD.format("not found"))
 
     def _start(self, config: Mapping[str, Any], wandb_project: str | None) -> None:
         tensorboard = _TensorBoard(self.folder, config)
-        with contextlib.suppress(OSError):  # the writer tries again, and says what is wrong
+        with contextlib.suppress(OSError, ValueError):  # the writer tries again, and says why
             self.folder = tensorboard.folder = _make_new(self.folder)
         self._writers.append(_Writer(tensorboard))
         atexit.register(self._at_exit)
         if wandb_project is not None:
             wandb = _Wandb(wandb_project, self.folder, config, self._come_first)
             self._writers.append(_Writer(wandb))
-        self._hear_sigterm()
+        _hear_signals(self)
 
     def _come_first(self) -> None:
         """At the program's end points go to W&B before its own hook, the newest, ends it."""
         atexit.unregister(self._at_exit)
         atexit.register(self._at_exit)
+
+    def is_own(self) -> bool:
+        """Whether this is the process that made the object, not one that was forked from it."""
+        return os.getpid() == self._pid
 
     # ── logging
 
@@ -991,7 +1153,7 @@ class TrainingMetrics:
         for writer in self._writers:
             writer.backlog.add_epoch(epoch)
         for advice in self._advisor.look(epoch):
-            log.warning("%s", advice)
+            _warn("%s", advice)
 
     def _warn_not_finite(self, where: str) -> None:
         self._say_once(
@@ -1013,31 +1175,39 @@ class TrainingMetrics:
     def _say_once(self, message: str, *details: object) -> None:
         if message not in self._said:
             self._said.add(message)
-            log.warning(message, *details)
+            _warn(message, *details)
 
     # ── the end
 
     def close(self, error: BaseException | None = None) -> None:
-        """Write what waits, within bounds, and say what is missing. It never raises.
+        """Write what waits, within bounds, and say what is missing.
 
-        `error` is what ended the training; a `with` statement gives it by itself.
+        It raises nothing of its own; a signal to end that comes meanwhile is obeyed afterwards, by
+        SystemExit. `error` is what ended the training; a `with` statement gives it by itself.
         """
         with self._lock:
-            if self._closed or os.getpid() != self._pid:
+            if self._closed or not self.is_own():
                 return
-            self._closed = True
+            self._closing = self._closed = True
         atexit.unregister(self._at_exit)
-        outcome = _outcome(error)
-        until = time.monotonic() + (SIGTERM_CLOSE_SECONDS if self._terminated else math.inf)
+        try:
+            self._end(_outcome(error))
+        finally:
+            _forget_signals(self)
+            self._closing = False
+        self._obey_late_signal()
+
+    def _end(self, outcome: Outcome) -> None:
+        if self._hurried:
+            self._last_moment = time.monotonic() + SIGNAL_CLOSE_SECONDS
         for writer in self._writers:
             writer.end(outcome)
-        missing = [_missing(writer, until) for writer in self._writers]
+        missing = [_missing(writer, lambda: self._last_moment) for writer in self._writers]
         if self._dropped:
             missing.append(f"{self._dropped} calls gave no number")
         self.missing = tuple(text for text in missing if text)
         for text in self.missing:
-            log.warning("Missing in the metrics of %s: %s", self.folder.name, text)
-        self._forget_sigterm()
+            _warn("Missing in the metrics of %s: %s", self.folder.name, text)
 
     def __enter__(self) -> TrainingMetrics:
         return self
@@ -1052,34 +1222,82 @@ class TrainingMetrics:
         self.close(error)
 
     def _at_exit(self) -> None:
-        self.close(getattr(sys, "last_value", None))
+        with contextlib.suppress(SystemExit):  # it is on its way already
+            self.close(getattr(sys, "last_value", None))
 
-    def _hear_sigterm(self) -> None:
-        """Where nobody handles SIGTERM, let it end the program in order, with exit code 143."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, self._on_sigterm)
+    def _note_signal(self, number: int) -> bool:
+        """Hurry; whether the end is being written, so that the signal has to wait for it."""
+        self._hurried = True
+        if self._closing:
+            self._late_signal = number
+            self._last_moment = min(self._last_moment, time.monotonic() + SIGNAL_CLOSE_SECONDS)
+        return self._closing
 
-    def _on_sigterm(self, number: int, _frame: object) -> None:
-        if os.getpid() != self._pid:  # a worker that was forked from the training
-            signal.signal(number, signal.SIG_DFL)
+    def _obey_late_signal(self) -> None:
+        number, self._late_signal = self._late_signal, 0
+        if number and threading.current_thread() is threading.main_thread():
+            raise SystemExit(128 + number)
+        if number:  # only the main thread can end the program
             os.kill(os.getpid(), number)
-            return
-        self._terminated = True
+
+
+END_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""What ends a program from outside; SIGHUP is that of a terminal that was closed."""
+
+_open_runs: list[TrainingMetrics] = []
+"""Signals belong to the process, so they are handled for all of its runs at once."""
+
+
+def _hear_signals(run: TrainingMetrics) -> None:
+    """Where nobody else handles them, let signals end the program in order."""
+    _open_runs.append(run)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in END_SIGNALS:
+        with contextlib.suppress(ValueError):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _on_signal)
+
+
+def _forget_signals(run: TrainingMetrics) -> None:
+    _open_runs.remove(run)
+    if _open_runs or threading.current_thread() is not threading.main_thread():
+        return
+    for number in END_SIGNALS:
+        with contextlib.suppress(ValueError):
+            if signal.getsignal(number) is _on_signal:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _on_signal(number: int, _frame: object) -> None:
+    ours = [run for run in _open_runs if run.is_own()]
+    if not ours:  # a worker that was forked from the training, or all runs have been closed
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    elif not any([run._note_signal(number) for run in ours]):  # noqa: C419, SLF001 - each hears it
         raise SystemExit(128 + number)
 
-    def _forget_sigterm(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            with contextlib.suppress(ValueError):
-                if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
-                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-
-def _missing(writer: _Writer, until: float) -> str:
+def _missing(writer: _Writer, last_moment: Callable[[], float]) -> str:
     """Wait for a writer's end; what it could not write."""
-    words = writer.wait(min(writer.sink.close_seconds, until - time.monotonic()))
+    own = time.monotonic() + writer.sink.close_seconds
+    words = writer.wait(lambda: min(own, last_moment()))
     return f"{writer.sink.name}: {words}" if words else ""
+
+
+def _absolute(log_root: str | os.PathLike[str]) -> Path:
+    """The folder of all runs, for when the training changes its own folder later on."""
+    try:
+        root = Path(log_root)
+    except TypeError as error:
+        _warn("%s: the runs go to %s", _words(error), DEFAULT_LOG_ROOT)
+        root = Path(DEFAULT_LOG_ROOT)
+    try:
+        return root.absolute()
+    except OSError:  # the current folder was removed
+        return root
 
 
 def _outcome(error: BaseException | None) -> Outcome:
@@ -1095,7 +1313,7 @@ def _outcome(error: BaseException | None) -> Outcome:
 
 def _safe_name(text: object) -> str:
     """A name for a folder: `google/bert` becomes `google_bert`."""
-    return re.sub(r"[^\w.-]+", "_", str(text)).strip("._")[:100] or "run"
+    return re.sub(r"[^\w.-]+", "_", _text(text)).strip("._")[:100] or "run"
 
 
 def _make_new(folder: Path) -> Path:

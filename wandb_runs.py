@@ -25,6 +25,7 @@ from cloud_services import (
     MissingPackageError,
     NotFoundError,
     TransferError,
+    dotenv_settings,
     local_errors,
     printable,
 )
@@ -95,6 +96,11 @@ def _run(folder: Path) -> OfflineRun:
     size = sum(status.st_size for status in files)
     changed = max((status.st_mtime for status in files), default=0.0)
     return OfflineRun(folder, match[2], match[1], _state(log, changed), size)
+
+
+def again(run: OfflineRun) -> OfflineRun:
+    """The run as it is by now."""
+    return _run(run.folder)
 
 
 def _state(log: Path, changed: float) -> str:
@@ -188,22 +194,33 @@ def wandb_program() -> str:
     return found
 
 
+def _environment() -> dict[str, str]:
+    """For W&B's program: what `.env` says of W&B counts where the environment says nothing.
+
+    WANDB_MODE is for trainings: offline would let it send nothing.
+    """
+    said = {k: v for k, v in dotenv_settings().items() if k.startswith("WANDB_")}
+    said.pop("WANDB_MODE", None)
+    return {**said, **os.environ}
+
+
 def send_run(run: OfflineRun, program: str) -> SentRun:
     """Let W&B send one run. Not being logged in is an AccessError that is raised."""
     try:
         done = subprocess.run(
-            [program, "sync", str(run.folder)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, timeout=SYNC_SECONDS, check=False,
+            [program, "sync", str(run.folder.absolute())], stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=SYNC_SECONDS, check=False,
+            env=_environment(),
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         why = f"W&B did not take {run.run_id}: no end after {SYNC_SECONDS / 60:.0f} minutes"
         return SentRun(run, TransferError(why, "check the network, then run the same command"))
     lines = [line for line in done.stdout.decode("utf-8", "replace").splitlines() if line.strip()]
     if any("API key" in line for line in lines) and done.returncode:
-        raise AccessError("W&B has no API key", "wandb login, or export WANDB_API_KEY=…")
+        raise AccessError("W&B has no API key", "wandb login, or WANDB_API_KEY in .env")
     said = printable(lines[-1]) if lines else f"status {done.returncode}"
     if done.returncode:
-        return SentRun(run, TransferError(f"W&B did not take {run.run_id}: {said}", "wandb sync"))
+        return SentRun(run, TransferError(f"W&B did not take {run.run_id}: {said}"))
     if _state(run.folder / f"run-{run.run_id}.wandb", time.time()) != "sent":
         return SentRun(run, TransferError(f"W&B did not mark {run.run_id} as sent: {said}"))
     return SentRun(run, None)

@@ -253,6 +253,7 @@ def create_upload(place: Place, headers: str, algorithm: str, kind: str) -> Chan
             place.credential.owner,
         )  # fmt: skip
         change.run("INSERT INTO uploads VALUES (?,?,?,?,?,?,?,?)", upload)
+        _check_quota(change, place.credential)
         return upload.id
 
     return job

@@ -29,12 +29,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 from cloud_jobs.s3_bodies import Checksum
 from cloud_jobs.s3_errors import S3Error
-from cloud_jobs.storage_keys import INDEX_FILE, connect, make_private_folder, private_file
+from cloud_jobs.storage_keys import (
+    INDEX_FILE,
+    connect,
+    make_private_folder,
+    private_file,
+    sync_folder,
+)
 from cloud_services import AccessError, RefusedError, local_errors, printable
 
 log = logging.getLogger("cloud_services.storage")
@@ -48,9 +55,9 @@ PAGE_BYTES = 8192
 CHECKPOINT_PAGES = 4096
 MAX_BATCH = 256
 MIN_PART_BYTES = 5 * 1024 * 1024
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-_SCHEMA = """
+_TABLES = """
 CREATE TABLE buckets (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, created INTEGER NOT NULL
 );
@@ -77,23 +84,39 @@ CREATE TABLE pieces (
 ) WITHOUT ROWID;
 CREATE INDEX pieces_by_file ON pieces (file);
 CREATE TABLE usage (owner TEXT PRIMARY KEY, bytes INTEGER NOT NULL);
-CREATE TRIGGER object_came AFTER INSERT ON objects WHEN NEW.owner IS NOT NULL BEGIN
-    INSERT INTO usage VALUES (NEW.owner, NEW.size)
+"""
+"""`content` is the id of an object or of a part: both come from one counter."""
+
+_SIZES = {
+    "objects": "{row}.size + length({row}.key) + length(CAST({row}.headers AS BLOB))",
+    "uploads": "length({row}.key) + length(CAST({row}.headers AS BLOB))",
+    "parts": "{row}.size",
+}
+"""What counts against a quota: content, and what is kept beside it, also of unfinished uploads."""
+
+
+_TRIGGER = """
+DROP TRIGGER IF EXISTS {table}_{event};
+CREATE TRIGGER {table}_{event} AFTER {event} ON {table} WHEN {row}.owner IS NOT NULL BEGIN
+    INSERT INTO usage VALUES ({row}.owner, {sign}({size}))
         ON CONFLICT (owner) DO UPDATE SET bytes = bytes + excluded.bytes;
-END;
-CREATE TRIGGER object_went AFTER DELETE ON objects WHEN OLD.owner IS NOT NULL BEGIN
-    UPDATE usage SET bytes = bytes - OLD.size WHERE owner = OLD.owner;
-END;
-CREATE TRIGGER part_came AFTER INSERT ON parts WHEN NEW.owner IS NOT NULL BEGIN
-    INSERT INTO usage VALUES (NEW.owner, NEW.size)
-        ON CONFLICT (owner) DO UPDATE SET bytes = bytes + excluded.bytes;
-END;
-CREATE TRIGGER part_went AFTER DELETE ON parts WHEN OLD.owner IS NOT NULL BEGIN
-    UPDATE usage SET bytes = bytes - OLD.size WHERE owner = OLD.owner;
 END;
 """
-"""`content` is the id of an object or of a part: both come from one counter. `usage` sums up what
-each limited key stored and is still there."""
+_OWNED = "SELECT owner, {size} AS size FROM {table} WHERE owner IS NOT NULL"
+_SUM = "INSERT INTO usage SELECT owner, sum(size) FROM ({owned}) GROUP BY owner;"
+_FORMER_TRIGGERS = ("object_came", "object_went", "part_came", "part_went")
+
+
+def _counting() -> str:
+    """Triggers that keep `usage`, and its values as they are now."""
+    steps = [f"DROP TRIGGER IF EXISTS {name};" for name in _FORMER_TRIGGERS]
+    for table, size in _SIZES.items():
+        for event, row, sign in (("INSERT", "NEW", "+"), ("DELETE", "OLD", "-")):
+            words = {"table": table, "event": event, "row": row, "sign": sign}
+            steps.append(_TRIGGER.format(**words, size=size.format(row=row)))
+    owned = (_OWNED.format(size=s.format(row=table), table=table) for table, s in _SIZES.items())
+    return "".join([*steps, "DELETE FROM usage;", _SUM.format(owned=" UNION ALL ".join(owned))])
+
 
 _OBJECT = "id, bucket, key, size, etag, modified, headers, checksum, parts, upload, owner"
 
@@ -175,12 +198,15 @@ class Content(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """One page of keys; `last` is where the next one begins."""
+    """One page of keys."""
 
     objects: list[StoredObject]
     prefixes: list[bytes]
     truncated: bool
     last: bytes
+    """The key or common prefix that came last."""
+    following: bytes
+    """Where the next page begins: its keys are this or greater."""
 
 
 def checksum_text(checksum: Checksum | None) -> str:
@@ -225,6 +251,8 @@ class FileSink:
         self._path = files.incoming / self._name
         self._stream: IO[bytes] = open(self._path, "xb", buffering=0, opener=_private)
         self._size = 0
+        self._ending = threading.Lock()
+        """A request that is cut off may discard it while another thread gives it its name."""
 
     def write(self, data: memoryview) -> None:
         """Write more."""
@@ -234,27 +262,33 @@ class FileSink:
 
     def content(self) -> Content:
         """Give the file its final name."""
-        if self._files.fsync:
-            os.fsync(self._stream.fileno())
-        self._stream.close()
         target = self._files.path(self._name)
-        os.rename(self._path, target)
-        if self._files.fsync:
-            _sync_folder(target.parent)
+        with self._ending:
+            if self._files.fsync:
+                os.fsync(self._stream.fileno())
+            self._stream.close()
+            os.rename(self._path, target)
+            if self._files.fsync:
+                sync_folder(target.parent)
         return Content(None, (Piece(1, self._name, 0, self._size),), self._name)
 
     def discard(self) -> None:
         """It is of no use: remove it, under either name."""
-        self._stream.close()
-        for path in (self._path, self._files.path(self._name)):
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+        with self._ending:
+            self._stream.close()
+            for path in (self._path, self._files.path(self._name)):
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
 
 
 class Files:
-    """The content files. One that is being read is removed after its last reader."""
+    """The content files. One that is being read is removed after its last reader.
+
+    A thread of its own removes: that of a large file takes long, and nobody has to wait for it.
+    """
 
     def __init__(self, folder: Path, fsync: bool) -> None:
+        self._remover = ThreadPoolExecutor(1, "storage-remover")
         self.incoming, self._data, self.fsync = folder / "incoming", folder / "data", fsync
         self._lock = threading.Lock()
         self._readers: Counter[str] = Counter()
@@ -266,8 +300,12 @@ class Files:
             for folder_ in self._folders():
                 folder_.mkdir(exist_ok=True)
             if fsync:
-                _sync_folder(self._data)
-                _sync_folder(folder)
+                sync_folder(self._data)
+                sync_folder(folder)
+
+    def close(self) -> None:
+        """Remove what is to be removed, and end."""
+        self._remover.shutdown()
 
     def _folders(self) -> Iterator[Path]:
         return (self._data / f"{number:02x}" for number in range(256))
@@ -294,11 +332,16 @@ class Files:
     def remove(self, names: Iterable[str]) -> None:
         """Remove files that nobody names any more, now or when nobody reads them."""
         with self._lock:
+            doomed = set(names)
+            read = {name for name in doomed if name in self._readers}
+            self._doomed |= read
+        self._remove_soon(doomed - read)
+
+    def _remove_soon(self, names: set[str]) -> None:
+        """Nobody can come to read them: the index names them no more."""
+        with contextlib.suppress(RuntimeError):  # closed: the sweep of the next start removes them
             for name in names:
-                if self._readers[name]:
-                    self._doomed.add(name)
-                else:
-                    self._unlink(name)
+                self._remover.submit(self._unlink, name)
 
     @contextlib.contextmanager
     def reading(self, names: Sequence[str]) -> Iterator[None]:
@@ -310,11 +353,12 @@ class Files:
         finally:
             with self._lock:
                 self._readers.subtract(names)
-                for name in {name for name in names if self._readers[name] <= 0}:
+                over = {name for name in names if self._readers[name] <= 0}
+                for name in over:
                     del self._readers[name]
-                    if name in self._doomed:
-                        self._doomed.discard(name)
-                        self._unlink(name)
+                doomed = over & self._doomed
+                self._doomed -= doomed
+            self._remove_soon(doomed)
 
     def sweep(self, named: Callable[[str], set[str]]) -> int:
         """Remove what a crash left: all of incoming/, and in data/ what the index does not name."""
@@ -340,16 +384,6 @@ class Files:
 def _private(path: str, flags: int) -> int:
     """Content is for its owner alone, whatever the umask and the folder allow."""
     return os.open(path, flags, 0o600)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there; NTFS journals its names
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ── the writer ───────────────────────────────────────────────────────────────────────────────────
@@ -460,7 +494,8 @@ class _Writer:
                 else:
                     future.set_exception(error)
 
-        loop.call_soon_threadsafe(deliver)
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who asked
+            loop.call_soon_threadsafe(deliver)
 
 
 def storage_problem(error: BaseException) -> BaseException:
@@ -484,35 +519,29 @@ class ObjectStore:
 
     def __init__(self, folder: Path, fsync: bool = True) -> None:
         make_private_folder(folder)
-        self._lock_file = _lock_folder(folder)
-        try:
-            self.files = Files(folder, fsync)
+        with contextlib.ExitStack() as opening:
+            opening.enter_context(contextlib.closing(_lock_folder(folder)))
+            self.files = opening.enter_context(contextlib.closing(Files(folder, fsync)))
             path = folder / INDEX_FILE
-            if not path.exists() or not path.stat().st_size:
-                self.files.require_empty(path)
-            private_file(path)
-            self._database = _open_index(path, fsync)
-            self._reader = _open_index(path, fsync)
-            highest = self._reader.execute(
-                "SELECT max((SELECT ifnull(max(id), 0) FROM objects),"
-                " (SELECT ifnull(max(id), 0) FROM parts))"
-            ).fetchone()[0]
-        except BaseException:
-            self._lock_file.close()
-            raise
-        self._read = self._reader.execute
-        self._writer = _Writer(self._database, self.files, itertools.count(highest + 1))
-        with local_errors(folder):
-            left = self.files.sweep(self._named_files)
+            with local_errors(path):
+                if not path.exists() or not path.stat().st_size:
+                    self.files.require_empty(path)
+                private_file(path)
+            database = opening.enter_context(contextlib.closing(_open_index(path, fsync)))
+            reader = opening.enter_context(contextlib.closing(_open_index(path, fsync)))
+            self._read = reader.execute
+            with local_errors(folder):
+                left = self.files.sweep(self._named_files)
+            ids = itertools.count(self._highest_id() + 1)
+            self._writer = _Writer(database, self.files, ids)
+            opening.callback(self._writer.stop)
+            self._open = opening.pop_all()
         if left:
             log.info("%d files of unfinished requests removed", left)
 
     def close(self) -> None:
         """Finish what is being written, and let others open the folder."""
-        self._writer.stop()
-        self._reader.close()
-        self._database.close()
-        self._lock_file.close()
+        self._open.close()
 
     def write(self, job: Callable[[Transaction], T], new_file: str = "") -> asyncio.Future[T]:
         """Do a job in a transaction; awaiting the future waits until it is durable.
@@ -583,34 +612,34 @@ class ObjectStore:
         return 0 if row is None else int(row[0])
 
     def list_keys(
-        self, bucket: int, prefix: bytes, delimiter: bytes, after: bytes, limit: int
+        self, bucket: int, prefix: bytes, delimiter: bytes, start: bytes, limit: int
     ) -> Listing:
-        """Up to `limit` keys and common prefixes after `after`, in the order of their bytes."""
+        """Up to `limit` keys and common prefixes in the order of their bytes.
+
+        Keys from `start` on count, itself included, so that a common prefix is named where one of
+        its keys does.
+        """
         objects: list[StoredObject] = []
         prefixes: list[bytes] = []
-        position, last = max(after + b"\0" if after else b"", prefix), after
-        if delimiter and after.startswith(prefix) and after.endswith(delimiter) and after != prefix:
-            position = max(position, after_prefix(after))
+        position, last = max(start, prefix), b""
         while True:
-            found = self._next_group(
-                bucket, prefix, delimiter, position, limit - len(prefixes) - len(objects)
-            )
-            objects += found.objects
-            last = objects[-1].key if found.objects else last
-            if found.truncated:
-                return Listing(objects, prefixes, True, last)
-            if not found.prefixes:
-                return Listing(objects, prefixes, False, last)
-            if len(objects) + len(prefixes) >= limit:
-                return Listing(objects, prefixes, True, last)
-            last = found.prefixes[0]
+            left = limit - len(prefixes) - len(objects)
+            found, group, more = self._next_group(bucket, prefix, delimiter, position, left)
+            objects += found
+            if found:
+                last = found[-1].key
+                position = last + b"\0"
+            if not group or len(objects) + len(prefixes) >= limit:
+                truncated = more or bool(group)
+                return Listing(objects, prefixes, truncated, last, position)
+            last = group
             prefixes.append(last)
             position = after_prefix(last)
 
     def _next_group(
         self, bucket: int, prefix: bytes, delimiter: bytes, position: bytes, limit: int
-    ) -> Listing:
-        """Keys from `position` up to the next common prefix, which is named but not counted."""
+    ) -> tuple[list[StoredObject], bytes, bool]:
+        """Keys from `position` up to the next common prefix; that one; whether `limit` cut it."""
         rows = self._read(
             f"SELECT {_OBJECT} FROM objects WHERE bucket = ? AND key >= ? AND key < ?"  # noqa: S608
             " ORDER BY key", (bucket, position, after_prefix(prefix)),
@@ -619,13 +648,20 @@ class ObjectStore:
         with contextlib.closing(rows):
             for row in rows:
                 key: bytes = row[2]
-                cut = key.find(delimiter, len(prefix)) if delimiter else -1
-                if cut >= 0:
-                    return Listing(objects, [key[: cut + len(delimiter)]], False, key)
+                group = common_prefix(key, prefix, delimiter)
+                if group:
+                    return objects, group, False
                 if len(objects) >= limit:
-                    return Listing(objects, [], True, key)
+                    return objects, b"", True
                 objects.append(StoredObject(*row))
-        return Listing(objects, [], False, b"")
+        return objects, b"", False
+
+    def _highest_id(self) -> int:
+        row = self._read(
+            "SELECT max((SELECT ifnull(max(id), 0) FROM objects),"
+            " (SELECT ifnull(max(id), 0) FROM parts))"
+        ).fetchone()
+        return int(row[0])
 
     def _named_files(self, folder: str) -> set[str]:
         return {
@@ -635,6 +671,12 @@ class ObjectStore:
                 (folder, folder + "~"),
             )
         }
+
+
+def common_prefix(key: bytes, prefix: bytes, delimiter: bytes) -> bytes:
+    """What a key is listed as: itself up to the first delimiter after the prefix; b"": itself."""
+    cut = key.find(delimiter, len(prefix)) if delimiter and key.startswith(prefix) else -1
+    return key[: cut + len(delimiter)] if cut >= 0 else b""
 
 
 def after_prefix(prefix: bytes) -> bytes:
@@ -660,26 +702,39 @@ def find_upload(run: Callable[..., sqlite3.Cursor], bucket: int, key: bytes, upl
 
 
 def _open_index(path: Path, fsync: bool) -> sqlite3.Connection:
-    try:
-        database = connect(path)
-        database.execute(f"PRAGMA page_size={PAGE_BYTES}")
-        database.execute("PRAGMA journal_mode=WAL")
-        database.execute(f"PRAGMA synchronous={'FULL' if fsync else 'OFF'}")
-        database.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
-        database.execute("PRAGMA cache_size=-16000")
-        version = database.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            database.executescript(
-                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
-            )
-    except sqlite3.Error as error:
-        raise AccessError(
-            f"{printable(path)} cannot be used: {printable(error)}",
-            "choose another folder with --storage-dir",
-        ) from error
-    if version not in (0, SCHEMA_VERSION):
+    with contextlib.ExitStack() as opening:
+        try:
+            database = opening.enter_context(contextlib.closing(connect(path)))
+            _prepare_index(database, path, fsync)
+        except sqlite3.Error as error:
+            raise AccessError(
+                f"{printable(path)} cannot be used: {printable(error)}",
+                "choose another folder with --storage-dir",
+            ) from error
+        opening.pop_all()
+        return database
+
+
+def _prepare_index(database: sqlite3.Connection, path: Path, fsync: bool) -> None:
+    """Settings, and the tables.
+
+    A killed process loses nothing with any `synchronous`: the system has what was written. Without
+    fsync it is NORMAL and not OFF, for then a power cut costs the last transactions and never the
+    whole index; it synchronises at checkpoints only.
+    """
+    database.execute(f"PRAGMA page_size={PAGE_BYTES}")
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute(f"PRAGMA synchronous={'FULL' if fsync else 'NORMAL'}")
+    database.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+    database.execute("PRAGMA cache_size=-16000")
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
         raise AccessError(f"{printable(path)} was written by a newer version", "update: git pull")
-    return database
+    if version < SCHEMA_VERSION:
+        made = _TABLES if version == 0 else ""
+        database.executescript(
+            f"BEGIN IMMEDIATE; {made} {_counting()} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
+        )
 
 
 def _lock_folder(folder: Path) -> IO[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from cloud_jobs import s3_documents as xml
 from cloud_jobs.object_store import (
     StoredObject,
     Upload,
+    after_prefix,
+    common_prefix,
     read_checksum,
 )
 from cloud_jobs.s3_errors import S3Error, xml_text
@@ -120,8 +123,8 @@ async def list_objects(service: S3Service, call: Call) -> Answer:
     bucket = service.store.bucket(request.bucket)
     page = _Page.of(request)
     second = request.query.get("list-type") == "2"
-    after = _start_of_page(request, second)
-    listing = service.store.list_keys(bucket, page.prefix, page.delimiter, after, page.most)
+    start = _start_of_second(request) if second else _start_of_first(request, page)
+    listing = service.store.list_keys(bucket, page.prefix, page.delimiter, start, page.most)
     if page.most == 0:
         listing = listing._replace(truncated=False)
     owner = not second or request.query.get("fetch-owner") == "true"
@@ -131,14 +134,14 @@ async def list_objects(service: S3Service, call: Call) -> Answer:
         for prefix in listing.prefixes
     )
     truncated = xml.tag("IsTruncated", str(listing.truncated).lower())
-    last = listing.last if listing.truncated else b""
     if second:
         count = xml.tag("KeyCount", len(listing.objects) + len(listing.prefixes))
-        position = _second_position(request, page, last)
+        following = f"p{listing.following.hex()}" if listing.truncated else ""
+        position = _second_position(request, page, following)
     else:
         count = ""
         position = xml.tag("Marker", page.key(request.text("marker")))
-        position += xml.optional("NextMarker", page.key(last))
+        position += xml.optional("NextMarker", page.key(listing.last) if listing.truncated else "")
     return Answer.document(
         xml.document(
             "ListBucketResult", page.head(request), count, truncated, position, contents, common
@@ -146,22 +149,32 @@ async def list_objects(service: S3Service, call: Call) -> Answer:
     )
 
 
-def _start_of_page(request: Request, second: bool) -> bytes:
+def _start_of_first(request: Request, page: _Page) -> bytes:
+    """After the marker, and after the common prefix in which it lies: it was given already."""
+    marker = request.text("marker")
+    group = common_prefix(marker, page.prefix, page.delimiter)
+    return after_prefix(group) if group else _after(marker)
+
+
+def _start_of_second(request: Request) -> bytes:
+    """Where the page before ended, or after the key to start after."""
     token = request.query.get("continuation-token", "")
-    if not second:
-        return request.text("marker")
     if not token:
-        return request.text("start-after")
-    try:
-        return bytes.fromhex(token.removeprefix("k"))
-    except ValueError as error:
-        raise S3Error("InvalidArgument", "The continuation token is not one of ours.") from error
+        return _after(request.text("start-after"))
+    if not re.fullmatch("p([0-9a-f]{2})*", token):
+        raise S3Error("InvalidArgument", "The continuation token is not one of ours.")
+    return bytes.fromhex(token[1:])
 
 
-def _second_position(request: Request, page: _Page, last: bytes) -> str:
+def _after(key: bytes) -> bytes:
+    """The least bytes that come after a key."""
+    return key + b"\0" if key else b""
+
+
+def _second_position(request: Request, page: _Page, following: str) -> str:
     return (
         xml.optional("ContinuationToken", request.query.get("continuation-token"))
-        + xml.optional("NextContinuationToken", f"k{last.hex()}" if last else "")
+        + xml.optional("NextContinuationToken", following)
         + xml.optional("StartAfter", page.key(request.text("start-after")))
     )
 

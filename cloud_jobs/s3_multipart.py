@@ -102,6 +102,7 @@ async def upload_part_copy(service: S3Service, call: Call) -> Answer:
         content = Content(None, pieces)
     else:
         received, content = await _copy_inline(service, source, first, length, upload.algorithm)
+    service.require_key(call)
     row = await service.store.write(
         changes.put_part(place, upload_id, _new_part(number, received), content, source),
         content.new_file,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import re
 from collections.abc import Mapping
 
 from cloud_jobs import object_changes as changes
@@ -138,7 +139,7 @@ def _object_headers(request: Request, found: StoredObject) -> HeaderList:
     for name in KEPT_HEADERS:
         override = request.query.get(f"response-{name}")
         if override is not None:
-            if not override.isprintable() or not override.isascii():
+            if not re.fullmatch(r"[ -~\u00a0-\u00ff]*", override):
                 raise S3Error("InvalidArgument", f"response-{name} is no header's value.")
             kept[name] = override
     modified = email.utils.formatdate(found.modified // 1000, usegmt=True)
@@ -300,6 +301,7 @@ async def copy_object(service: S3Service, call: Call) -> Answer:
     kept = read_checksum(source.checksum)
     if algorithm and (kept is None or kept.algorithm != algorithm):
         kept = (await digest_of(service, source, 0, source.size, algorithm)).checksum
+        service.require_key(call)
     row = await service.store.write(
         changes.copy_object(source, place, replaced if directive == "REPLACE" else None, kept)
     )

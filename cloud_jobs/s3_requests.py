@@ -26,6 +26,16 @@ SUBRESOURCES = frozenset({
 })  # fmt: skip
 """Query names that make another operation of a request."""
 
+ARGUMENTS = frozenset({
+    "continuation-token", "delimiter", "encoding-type", "fetch-owner", "key-marker", "list-type",
+    "marker", "max-buckets", "max-keys", "max-parts", "max-uploads", "part-number-marker",
+    "partNumber", "prefix", "start-after", "upload-id-marker", "versionId",
+    "bucket-region", "content-md5", "content-type", "AWSAccessKeyId", "Expires", "Signature",
+})  # fmt: skip
+"""Query names that are S3's and leave the operation as it is; so do x-… and response-…."""
+
+CHANGING = ("PUT", "POST", "DELETE", "PATCH")
+
 BUCKET_NAME = re.compile(r"(?!.*\.\.)[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 UNSUPPORTED_HEADERS = (
@@ -101,11 +111,11 @@ class Request:
         query: bytes = scope["query_string"]
         if query:
             self.query_pairs = list(_query_pairs(query))
-            for name, value in self.query_pairs:
-                self.query.setdefault(_text(name), _text(value))
 
     def address(self, hosts: Hosts) -> None:
-        """Find bucket and key, in the host or in the path."""
+        """Read the query; find bucket and key, in the host or in the path."""
+        for pair in self.query_pairs:
+            self.query.setdefault(_text(pair[0]), _text(pair[1]))
         path = self.path
         bucket = hosts.bucket(self.headers.get("host", ""))
         if bucket:
@@ -130,6 +140,24 @@ class Request:
         if self.method == "PUT" and "x-amz-copy-source" in self.headers:
             return f"{name}+copy" if name else "copy"
         return name
+
+    @property
+    def has_body(self) -> bool:
+        """Whether content follows the head."""
+        length = self.headers.get("content-length", "")
+        return length not in ("", "0") or "transfer-encoding" in self.headers
+
+    def refuse_other_operations(self, own: str) -> None:
+        """NotImplemented where the query asks for something else than the operation `own`.
+
+        S3 adds operations by adding names to the query: one that is not known here must not run
+        the plain operation, which may delete or replace what it was not meant for. AWS ignores a
+        name that says nothing to it where it has a value; what changes something is stricter here.
+        """
+        for name, value in self.query.items():
+            if name == own or _is_harmless(name, value, self.method, own):
+                continue
+            raise S3Error("NotImplemented", f"This server does not implement ?{name[:80]!a}.")
 
     @property
     def shown(self) -> str:
@@ -170,6 +198,15 @@ class Request:
                 raise S3Error("NotImplemented", f"This server does not implement {name}.")
         if self.headers.get("x-amz-acl", "private") not in ("private", "bucket-owner-full-control"):
             raise S3Error("AccessControlListNotSupported")
+
+
+def _is_harmless(name: str, value: str, method: str, own: str) -> bool:
+    """Whether an operation may run although that name is in the query."""
+    if name == "partNumber" and method in CHANGING:
+        return own == "uploadId"
+    if name in ARGUMENTS or name.lower().startswith(("x-", "response-")):
+        return True
+    return bool(value) and name not in SUBRESOURCES and method not in CHANGING
 
 
 def _headers(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:

@@ -9,10 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -101,13 +111,15 @@ class StoredContent:
         if not call.takes_files:
             async with contextlib.aclosing(self.blocks()) as blocks:
                 async for block in blocks:
+                    self._service.require_key(call)
                     await call.send(block)
             return
+        check = functools.partial(self._service.require_key, call)
         with self._reading:
             for piece in self._pieces:
                 with await self._service.off_loop(self._open, piece) as stream:
                     file, off_loop = stream.fileno(), self._service.off_loop
-                    await call.send_file(off_loop, file, piece.start, piece.length)
+                    await call.send_file(off_loop, check, file, piece.start, piece.length)
 
     def _open(self, piece: Piece) -> IO[bytes]:
         stream = open(self._service.store.files.path(piece.file), "rb", buffering=0)
@@ -180,17 +192,24 @@ class Call:
         """Send a block of an answer's body."""
         if self.transport.is_closing():
             raise ClientGoneError
+        await self.message({"type": "http.response.body", "body": block, "more_body": True})
+
+    async def message(self, message: dict[str, Any]) -> None:
+        """Send some of an answer; a client that does not read it is given up after a while."""
         self.sending, self.progress = True, time.monotonic()
-        await self.request.send({"type": "http.response.body", "body": block, "more_body": True})
-        self.sending = False
+        try:
+            await self.request.send(message)
+        finally:
+            self.sending = False
 
     async def send_file(
-        self, off_loop: Callable[..., Awaitable[int]], file: int, start: int, length: int
-    ) -> None:
+        self, off_loop: Callable[..., Awaitable[int]], check: Callable[[], None],
+        file: int, start: int, length: int,
+    ) -> None:  # fmt: skip
         """Send a slice of an open file from the page cache to the socket, past Python.
 
         What the socket takes at once goes in a thread, for a cold file may have to be read; then
-        the loop waits until the socket takes more.
+        the loop waits until the socket takes more. `check` is called before each piece.
         """
         self.sending, self.progress = True, time.monotonic()
         while self.transport.get_write_buffer_size():  # the head goes first
@@ -204,6 +223,7 @@ class Call:
             while length:
                 if self.transport.is_closing():
                     raise ClientGoneError
+                check()
                 sent = await off_loop(_send_some, descriptor, file, start, length)
                 start, length = start + sent, length - sent
                 if length:
@@ -235,8 +255,12 @@ class Call:
             self.task.cancel()
         else:
             self.transport.abort()
-            if self._writable is not None:
-                _set_once(self._writable)
+            self.wake()
+
+    def wake(self) -> None:
+        """Let it see that the connection was ended."""
+        if self._writable is not None:
+            _set_once(self._writable)
 
 
 def _set_once(future: asyncio.Future[None]) -> None:
@@ -294,6 +318,7 @@ class S3Service:
         self._keys, self._root, self._hosts = keys, root, hosts
         self.pool = ThreadPoolExecutor(WORKERS, "storage-worker")
         self._calls: set[Call] = set()
+        self._coming: Counter[str] = Counter()
         self._reaped = time.monotonic()
 
     def close(self) -> None:
@@ -302,18 +327,16 @@ class S3Service:
 
     async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Answer one request."""
-        request: Request | None = None
-        try:
-            request = Request(scope, receive, send)
-            call = Call(request, **scope["extensions"]["connection"])
-        except S3Error as error:
-            await _send(scope["method"], send, _refusal(error, scope["raw_path"], "0"))
-            return
+        request = Request(scope, receive, send)
+        call = Call(request, **scope["extensions"]["connection"])
         self._calls.add(call)
         try:
             await self._serve(call)
         except ClientGoneError:
             log.debug("%s %s: the client went away", request.method, request.shown)
+            await _hang_up(call)
+        except S3Error as error:  # in the middle of an answer, too: the key was revoked
+            log.info("%s %s: %s", request.method, request.shown, error)
             await _hang_up(call)
         except OSError as error:  # in the middle of an answer: a cut one is seen to be cut
             log.error("%s %s: %s", request.method, request.shown, error)
@@ -321,10 +344,20 @@ class S3Service:
         finally:
             self._calls.discard(call)
 
-    async def watch(self) -> None:
-        """Forever: give up requests that stand still, and uploads that nobody continues."""
+    def cut_off(self) -> tuple[str, ...]:
+        """End the requests that run, at once; which they were."""
+        calls = list(self._calls)
+        for call in calls:
+            call.transport.abort()
+            call.wake()
+        return tuple(f"{call.request.method} {call.request.shown}" for call in calls)
+
+    async def watch(self, connections: Collection[Any]) -> None:
+        """Forever: give up what stands still, clients and requests and uploads."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
+            for connection in list(connections):
+                connection.close_if_late(time.monotonic())
             late = time.monotonic() - STALL_SECONDS
             for call in [call for call in self._calls if call.waits_since(late)]:
                 call.give_up()
@@ -371,9 +404,9 @@ class S3Service:
             answer = await self._refuse(call, problem)
         answer = answer._replace(headers=[*answer.headers, ("x-amz-request-id", request.id)])
         if isinstance(answer.body, bytes):
-            if not call.body_over and answer.status < 400:
-                await self._drain(call)
-            await _send(request.method, request.send, answer)
+            if not call.body_over and answer.status < 400 and not await self._drain(call):
+                answer = answer._replace(headers=[*answer.headers, ("connection", "close")])
+            await _send(call, answer)
         else:
             with contextlib.closing(answer.body):
                 await self._stream(call, answer, answer.body)
@@ -402,7 +435,7 @@ class S3Service:
         """Read the rest of the body; whether that was possible."""
         headers = call.request.headers
         length = headers.get("content-length", "")
-        if length in ("", "0") and "transfer-encoding" not in headers:
+        if not call.request.has_body:
             return True
         waiting = headers.get("expect", "").lower() == "100-continue" and not call.asked
         if call.stalled or waiting or not length.isdigit() or int(length) > DRAIN_BYTES:
@@ -414,9 +447,11 @@ class S3Service:
 
     @staticmethod
     async def _stream(call: Call, answer: Answer, body: StoredContent) -> None:
-        await call.request.send(_start(answer))
+        if not call.body_over and call.request.has_body:  # nobody will read it
+            answer = answer._replace(headers=[*answer.headers, ("connection", "close")])
+        await call.message(_start(answer))
         await body.send(call)
-        await call.request.send({"type": "http.response.body", "body": b"", "more_body": False})
+        await call.message({"type": "http.response.body", "body": b"", "more_body": False})
 
     # What handlers share
 
@@ -426,20 +461,30 @@ class S3Service:
         """Take the body: small content into memory if `inline`, other into a file."""
         promise = Promise.of(call.request, call.verified.payload)
         assert promise.length is not None
-        self._require_quota(call, promise.length)
-        framing = framing_of(call.verified)
-        if inline and promise.length <= INLINE_BYTES:
-            memory = MemorySink()
-            intake = Intake(promise, framing, memory, compute)
-            while not call.body_over:
-                intake.feed([await call.block()])
-            received = intake.end()
-            self._require_key(call)
-            return received, memory.content()
+        with self._expected(call, promise.length):
+            if inline and promise.length <= INLINE_BYTES:
+                return await self._receive_small(call, promise, compute)
+            return await self._receive_file(call, promise, compute)
+
+    async def _receive_small(
+        self, call: Call, promise: Promise, compute: str
+    ) -> tuple[Received, Content]:
+        memory = MemorySink()
+        intake = Intake(promise, framing_of(call.verified), memory, compute)
+        while not call.body_over:
+            intake.feed([await call.block()])
+        received = intake.end()
+        self.require_key(call)
+        return received, memory.content()
+
+    async def _receive_file(
+        self, call: Call, promise: Promise, compute: str
+    ) -> tuple[Received, Content]:
         sink = await self.off_loop(FileSink, self.store.files)
         try:
-            received = await self._pump(call, Intake(promise, framing, sink, compute))
-            self._require_key(call)
+            intake = Intake(promise, framing_of(call.verified), sink, compute)
+            received = await self._pump(call, intake)
+            self.require_key(call)
             return received, await self.off_loop(sink.content)
         except BaseException:
             await asyncio.shield(asyncio.ensure_future(self.off_loop(sink.discard)))
@@ -458,6 +503,7 @@ class S3Service:
                     size += len(block)
                 if working is not None:
                     await working
+                self.require_key(call)
                 working = loop.run_in_executor(self.pool, intake.feed, blocks)
         finally:
             if working is not None:
@@ -474,7 +520,7 @@ class S3Service:
         while not call.body_over:
             intake.feed([await call.block()])
         intake.end()
-        self._require_key(call)
+        self.require_key(call)
         return xml.read_document(bytes(sink.data), *names)
 
     def place(self, call: Call) -> changes.Place:
@@ -505,16 +551,31 @@ class S3Service:
             raise ChangedError
         return StoredContent(self, pieces, reading)
 
-    def _require_quota(self, call: Call, size: int) -> None:
-        """Refuse at once what the quota has no room for; the transaction looks again."""
-        quota = call.credential.quota
-        if quota is None or self.store.used(call.credential.access_key) + size <= quota:
-            return
-        if size > quota or not _replaces(self, call):
-            raise S3Error("QuotaExceeded")
+    @contextlib.contextmanager
+    def _expected(self, call: Call, size: int) -> Iterator[None]:
+        """Refuse at once what the quota has no room for, beside what is still coming in.
 
-    def _require_key(self, call: Call) -> None:
-        """The key may have been revoked while the body came."""
+        So many uploads at once cannot fill the disk before the transaction, which looks again.
+        """
+        name, quota = call.credential.access_key, call.credential.quota
+        if quota is None:
+            yield
+            return
+        coming = self._coming[name] + size
+        if self.store.used(name) + coming > quota and (coming > quota or not _replaces(self, call)):
+            raise S3Error("QuotaExceeded")
+        self._coming[name] += size
+        try:
+            yield
+        finally:
+            self._coming[name] -= size
+            if not self._coming[name]:
+                del self._coming[name]
+
+    def require_key(self, call: Call) -> None:
+        """The key may have been revoked, or have expired, while the request runs."""
+        if call.credential.is_root:
+            return
         current = self.find_key(call.credential.access_key)
         if current is None:
             raise S3Error("InvalidAccessKeyId")
@@ -566,15 +627,15 @@ def _start(answer: Answer) -> dict[str, Any]:
     return {"type": "http.response.start", "status": answer.status, "headers": headers}
 
 
-async def _send(method: str, send: Any, answer: Answer) -> None:
+async def _send(call: Call, answer: Answer) -> None:
     assert isinstance(answer.body, bytes)
-    bare = answer.status in (204, 304) or (method == "HEAD" and answer.body)
+    bare = answer.status in (204, 304) or (call.request.method == "HEAD" and answer.body)
     if not bare and not any(name == "content-length" for name, _ in answer.headers):
         length = ("content-length", str(len(answer.body)))
         answer = answer._replace(headers=[*answer.headers, length])
-    await send(_start(answer))
+    await call.message(_start(answer))
     body = b"" if answer.status in (204, 304) else answer.body
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    await call.message({"type": "http.response.body", "body": body, "more_body": False})
 
 
 # ── which operation, and who may ─────────────────────────────────────────────────────────────────
@@ -584,6 +645,7 @@ def _find_operation(request: Request) -> Operation:
     level, subresource = request.level, request.subresource
     if level == "bucket" and subresource == "copy":
         subresource = ""
+    request.refuse_other_operations(subresource.removesuffix("+copy"))
     found = OPERATIONS.get((request.method, level, subresource))
     if found is not None:
         return found

@@ -239,7 +239,7 @@ def _verify_old_query(
     credential = find(request.query["AWSAccessKeyId"])
     if credential is None:
         raise S3Error("InvalidAccessKeyId")
-    text = _old_text(request, expires).encode("latin-1", "replace")
+    text = _old_text(request, expires)
     digest = hmac.digest(credential.secret_key.encode(), text, "sha1")
     _require_equal([base64.b64encode(digest).decode()], request.query["Signature"])
     if credential.expired(now):
@@ -261,18 +261,26 @@ def hoisted_headers(request: Request) -> dict[str, str]:
     return found
 
 
-def _old_text(request: Request, expires: str) -> str:
-    given = {name.lower(): value for name, value in request.query.items()}
-    given |= hoisted_headers(request) | request.headers
-    amz = "".join(f"{n}:{v.strip()}\n" for n, v in sorted(given.items()) if n.startswith("x-amz-"))
+def _old_text(request: Request, expires: str) -> bytes:
+    """What was signed: values of the query in UTF-8, those of headers as they came."""
+    query_values = {name.lower(): value for name, value in request.query.items()}
+    given = {name: value.encode() for name, value in query_values.items()}
+    given |= {name: value.encode() for name, value in hoisted_headers(request).items()}
+    given |= {name: value.encode("latin-1") for name, value in request.headers.items()}
+    amz = b"".join(
+        b"%s:%s\n" % (name.encode(), value.strip())
+        for name, value in sorted(given.items())
+        if name.startswith("x-amz-")
+    )
     names = sorted(name for name in request.query if name in _OLD_NAMES)
     pairs = (f"{n}={request.query[n]}" if request.query[n] else n for n in names)
     query = "&".join(pairs)
     path = request.path.decode("latin-1")
     resource = f"/{request.bucket}{path}" if request.by_host else path
-    return "\n".join((
-        request.method, given.get("content-md5", ""), given.get("content-type", ""), expires,
-        f"{amz}{resource}{'?' if query else ''}{query}",
+    return b"\n".join((
+        request.method.encode(), given.get("content-md5", b""), given.get("content-type", b""),
+        expires.encode(),
+        b"%s%s%s%s" % (amz, resource.encode("latin-1"), b"?" if query else b"", query.encode()),
     ))  # fmt: skip
 
 

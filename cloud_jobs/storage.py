@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cloud_jobs.object_store import ObjectStore
 from cloud_jobs.s3_requests import ALIAS, Hosts
@@ -59,6 +59,9 @@ __all__ = [
 log = logging.getLogger("cloud_services.storage")
 
 START_SECONDS = 30.0
+STOP_SECONDS = 30.0
+"""A request that runs when the server stops has so long to end."""
+
 BACKLOG = 1024
 
 
@@ -151,6 +154,8 @@ class StorageServer:
         self._failure: BaseException | None = None
         self._store: ObjectStore | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.cut_off: tuple[str, ...] = ()
+        """The requests that the last stop did not wait for any longer: method and path of each."""
 
     @property
     def url(self) -> str:
@@ -172,7 +177,11 @@ class StorageServer:
         return self._credential.secret_key
 
     def start(self) -> None:
-        """Open the folder and listen; returns when requests are answered."""
+        """Open the folder and listen; returns when requests are answered.
+
+        A start that fails leaves nothing open.
+        """
+        self.cut_off = ()
         with contextlib.ExitStack() as opening:
             listener = opening.enter_context(contextlib.closing(_listen(self.settings)))
             self.port = int(listener.getsockname()[1])
@@ -209,11 +218,13 @@ class StorageServer:
     def stop(self, force: bool = False) -> None:
         """Take no more requests, finish those that run, close the folder.
 
-        force: those that run are cut off. Raises CloudError where the server had ended before.
+        What is not over after STOP_SECONDS is cut off, and named in a warning and in `cut_off`.
+        force: those that run are cut off at once. Raises CloudError where the server had ended
+        before.
         """
         if self._server is not None and self._thread is not None:
-            self._server.should_exit = True
             self._server.force_exit = force
+            self._server.should_exit = True
             self._thread.join()
         self._server = self._thread = self._store = self._loop = None
         self._open.close()
@@ -302,11 +313,16 @@ class StorageServer:
         async def run() -> None:
             self._store, self._loop = service.store, asyncio.get_running_loop()
             await service.reap()
-            watching = asyncio.ensure_future(service.watch())
+            watching = [
+                asyncio.ensure_future(service.watch(server.server_state.connections)),
+                asyncio.ensure_future(self._limit_stop(server, service)),
+            ]
             try:
                 await server.serve(sockets=[listener])
             finally:
-                watching.cancel()
+                for task in watching:
+                    task.cancel()
+                await self._cut_off(server, service)
 
         def in_thread() -> None:
             try:
@@ -319,8 +335,38 @@ class StorageServer:
         deadline = time.monotonic() + START_SECONDS
         while not server.started:
             if not self._thread.is_alive() or time.monotonic() > deadline:
-                raise CloudError("the server did not start") from self._failure
+                self._give_up_start(server, self._thread)
             time.sleep(0.002)
+
+    def _give_up_start(self, server: uvicorn.Server, thread: threading.Thread) -> NoReturn:
+        server.should_exit = server.force_exit = True
+        thread.join()
+        failure, self._failure = self._failure, None
+        self._server = self._thread = self._store = self._loop = None
+        raise CloudError("the server did not start") from failure
+
+    async def _limit_stop(self, server: uvicorn.Server, service: S3Service) -> None:
+        """Once a stop was asked for, cut off what is not over in time, or at once where told to."""
+        while not server.should_exit:
+            await asyncio.sleep(0.1)
+        deadline = time.monotonic() + STOP_SECONDS
+        while not server.force_exit and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        await self._cut_off(server, service)
+        server.force_exit = True
+
+    async def _cut_off(self, server: uvicorn.Server, service: S3Service) -> None:
+        """End what still runs, and give it a moment to notice."""
+        cut = service.cut_off()
+        for shown in cut:
+            log.warning("cut off by the stop of the server: %s", shown)
+        self.cut_off += cut
+        left = list(server.server_state.connections)
+        for connection in left:
+            transport: Any = connection.transport
+            transport.abort()
+        if cut or left:
+            await asyncio.sleep(0.1)
 
 
 def _not_started() -> UsageError:

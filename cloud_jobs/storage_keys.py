@@ -137,11 +137,12 @@ class StorageKeys:
         self._lock = threading.Lock()
         self._version: int | None = None
         self._known: dict[str, Credential] = {}
-        with self._problems():
+        with self._problems(), contextlib.ExitStack() as opening:
             private_file(self._path)
-            self._database = connect(self._path)
+            self._database = opening.enter_context(contextlib.closing(connect(self._path)))
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute(_SCHEMA)
+            opening.pop_all()
 
     def close(self) -> None:
         """Let go of the file."""
@@ -316,7 +317,10 @@ def check_given_key(access_key: str, secret_key: str) -> None:
 def make_private_folder(folder: Path) -> None:
     """A folder for its owner only."""
     with local_errors(folder):
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for place in missing:
+            sync_folder(place.parent)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise AccessError(
                 f"{printable(folder)}: permission denied",
@@ -325,9 +329,21 @@ def make_private_folder(folder: Path) -> None:
 
 
 def private_file(path: Path) -> None:
-    """Make an empty file for its owner only, where there is none."""
+    """Make an empty file for its owner only, where there is none; its name is on the disk then."""
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    if os.name == "nt":  # folders cannot be opened there; NTFS journals its names
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -339,15 +355,22 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def _made_once(path: Path) -> bytes:
-    """The key in that file, made when there is none; two processes agree on one."""
+    """The key in that file, made when there is none; two processes agree on one.
+
+    It is on the disk before anything is sealed with it: without it no secret can be opened.
+    """
     with local_errors(path):
         if not path.exists():
             draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
             private_file(draft)
             try:
-                draft.write_bytes(secrets.token_bytes(32))
+                with open(draft, "wb") as stream:
+                    stream.write(secrets.token_bytes(32))
+                    stream.flush()
+                    os.fsync(stream.fileno())
                 with contextlib.suppress(FileExistsError):
                     os.link(draft, path)
+                sync_folder(path.parent)
             finally:
                 draft.unlink()
         key = path.read_bytes()

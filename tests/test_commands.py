@@ -638,13 +638,61 @@ def test_a_signal_cleans_up_and_says_so(
     assert parts(tmp_path) == []
 
 
-def test_main_leaves_its_callers_signal_handlers_alone() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("ignored", [False, True], ids=["a terminal is closed", "under nohup"])
+def test_a_closed_terminal_is_a_sigterm_unless_that_is_ignored(
+    tmp_path: Path, ignored: bool
+) -> None:
+    before = files(tmp_path)
+    setting = "signal.SIG_IGN" if ignored else "signal.SIG_DFL"
+    program = f"import signal; signal.signal(signal.SIGHUP, {setting})\n{STUCK}"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, CREATE, "-o", "t.tar.gz"],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=project(),
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        assert process.stderr.readline() == "stuck\n"
+        for _ in range(2):  # from the shell, and from the terminal
+            process.send_signal(signal.SIGHUP)
+        if ignored:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == ExitCode.TERMINATED
+    assert said.startswith("terminated; ")
+    assert "Traceback" not in said
+    assert files(tmp_path) == before
+
+
+@pytest.mark.usefixtures("workspace")
+def test_a_terminal_that_is_really_closed_leaves_nothing_behind(tmp_path: Path) -> None:
+    before = files(tmp_path)
+    master, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", ON_TERMINAL + STUCK, CREATE, "-o", "t.tar.gz"],
+        stdin=terminal, stdout=terminal, stderr=terminal, env=project(), start_new_session=True,
+    )  # fmt: skip
+    os.close(terminal)
+    said = b""
+    while b"stuck" not in said:
+        said += os.read(master, 1000)
+    os.close(master)
+    assert process.wait(30) == ExitCode.TERMINATED
+    assert files(tmp_path) == before
+
+
+ON_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_main_leaves_its_callers_signal_handlers_alone(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     try:
         main(["verify-archive", "gone"])
-        assert signal.getsignal(signal.SIGTERM) == before
+        assert signal.getsignal(number) == before
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 # ── help, flags, completion ──────────────────────────────────────────────────────────────────────
@@ -687,6 +735,19 @@ def test_help_goes_to_stdout_and_says_what_the_command_does(call: Run, command: 
         assert word in result.stdout
     if command:
         assert (COMMANDS[command].loaded().run.__doc__ or "").split("\n")[0] in result.stdout
+
+
+@pytest.mark.parametrize("before", [["-h"], ["--help"], ["-qh"], ["--json", "-h"]])
+def test_help_before_a_command_is_that_of_all_commands(call: Run, before: list[str]) -> None:
+    result = call(*before, "verify-archive")
+    assert result.returncode == 0
+    assert result.stdout == call("--help").stdout
+    assert all(name in result.stdout for name in COMMANDS)
+
+
+def test_help_after_a_command_is_that_of_the_command(call: Run) -> None:
+    result = call("--json", "verify-archive", "-h")
+    assert result.stdout.startswith("usage: cloud_services.py verify-archive")
 
 
 def test_help_prints_no_setting_of_the_environment(call: Run) -> None:
@@ -751,6 +812,26 @@ def test_completion_knows_every_flag_of_every_command() -> None:
         known = {option for action in parser._actions for option in action.option_strings}
         offered = set(complete("cloud_services.py", name, "-"))
         assert {option for option in known if option.startswith("--")} <= offered
+
+
+def test_the_file_alone_completes_what_is_there_and_says_what_is_not(
+    tmp_path: Path, run: Run
+) -> None:
+    copy = tmp_path / "box/cloud_services.py"
+    copy.parent.mkdir()
+    copy.write_bytes(SCRIPT.read_bytes())
+    clean = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-I", str(copy), "completion", "bash"], env=clean, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{CREATE}) options=" in done.stdout
+    assert "list-runs" not in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert re.search("left out, .*list-runs.*quickstart", line)
+    library = "import cloud_services as c; c.build_parser().parse_args(['list-runs'])"
+    subprocess.run([sys.executable, "-c", library], env=clean, cwd=copy.parent, check=True)
 
 
 def test_completion_is_registered_for_the_ways_to_call_it() -> None:

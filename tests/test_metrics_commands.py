@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,10 +18,12 @@ from pathlib import Path
 import pytest
 
 from cloud_services import S3Sync
-from tensorboard_views import newest_run
+from ssh_tunnel import Tunnel, open_listener
+from tensorboard_views import RemoteTensorBoard, newest_run
 from tests.conftest import SCRIPT, Run, needs
 from tests.s3_servers import RcloneServer
 from tests.servers import SSHServer, free_port, wait_until
+from tests.test_tunnel import Link, settings
 from training_metrics import TrainingMetrics
 
 LOGS = Path("workspace/models/logs")
@@ -67,6 +71,23 @@ class Running:
     def __exit__(self, *_: object) -> None:
         self.process.terminate()  # unlike a kill, it ends what it has started
         self.process.communicate(timeout=30)
+
+    def json_url(self) -> str:
+        """The address in the document that it prints with --json, as far as that has come."""
+        assert self.process.stdout is not None
+        said = ""
+        while not said.endswith("}\n"):
+            said += (line := self.process.stdout.readline())
+            assert line, said
+        return str(json.loads(said)["url"])
+
+
+def processes(text: str) -> list[int]:
+    """The living processes with this in their command line."""
+    words = ["ps", "-A", "-ww", "-o", "pid=,stat=,args="]
+    table = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in table.splitlines()]
+    return [int(pid) for pid, state, command in rows if text in command and "Z" not in state]
 
 
 def tags(url: str) -> set[str]:
@@ -134,18 +155,26 @@ def reaching(server: SSHServer) -> list[object]:
             "--identity", server.identity]  # fmt: skip
 
 
-def test_logs_on_a_server_are_shown_here_and_nothing_is_left_there(
-    server: SSHServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    there = tmp_path / "there"
-    train("remote", root=there)
+REAL = f'exec {sys.executable} -m tensorboard.main "$@"'
+
+
+def box_with(tmp_path: Path, tensorboard: str = REAL) -> SSHServer:
+    """A server with this script as the program tensorboard."""
     tools = tmp_path / "bin"
     tools.mkdir()
     program = tools / "tensorboard"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m tensorboard.main "$@"\n')
+    program.write_text(f"#!/bin/sh\n{tensorboard}\n")
     program.chmod(0o755)
     path = f"{tools}:{os.environ['PATH']}"
-    with SSHServer(tmp_path / "box", config=[f'SetEnv PATH="{path}" HOME="{tmp_path}"']) as box:
+    return SSHServer(tmp_path / "box", config=[f'SetEnv PATH="{path}" HOME="{tmp_path}"'])
+
+
+def test_logs_on_a_server_are_shown_here_and_nothing_is_left_there(
+    tmp_path: Path,
+) -> None:
+    there = tmp_path / "there"
+    train("remote", root=there)
+    with box_with(tmp_path) as box:
         remote_port = free_port()
         words = ["start-tensorboard", *reaching(box), "--port", free_port()]
         words += ["--remote-port", remote_port, "--logdir", there]
@@ -170,6 +199,289 @@ def test_a_server_without_tensorboard_says_what_to_install_there(
             _, errors = board.process.communicate(timeout=60)
             assert board.process.returncode == 3, errors
     assert "there: pip install tensorboard" in errors
+
+
+def test_a_tensorboard_that_dies_on_the_server_is_said_in_one_line(tmp_path: Path) -> None:
+    train("remote", root=tmp_path / "logs")
+    script = f'echo "starting \\033[31m" >&2; {REAL.removeprefix("exec ")}; echo "died of boredom"'
+    with box_with(tmp_path, script) as box:
+        port = free_port()
+        words = ["start-tensorboard", *reaching(box), "--logdir", tmp_path, "--port", free_port()]
+        with Running(*words, "--remote-port", port, env=box.environment) as board:
+            board.url()
+            (real,) = processes(f"{sys.executable} -m tensorboard.main --logdir={tmp_path}")
+            os.kill(real, signal.SIGKILL)
+            _, errors = board.process.communicate(timeout=60)
+    assert board.process.returncode == 1
+    assert re.search(r"^error: TensorBoard ended on the server: .*died of boredom", errors)
+    assert len(errors.splitlines()) <= 2
+    assert "\033" not in errors
+
+
+def test_a_tensorboard_of_somebody_else_that_ends_is_said(tmp_path: Path) -> None:
+    train("remote", root=tmp_path / "logs")
+    port = free_port()
+    with (
+        box_with(tmp_path) as box,
+        Running("start-tensorboard", "--logdir", tmp_path / "logs", "--port", port) as other,
+    ):
+        other.url()
+        words = ["start-tensorboard", *reaching(box), "--port", free_port(), "--remote-port", port]
+        with Running(*words, env=box.environment) as board:
+            board.url()
+            other.interrupt()
+            _, errors = board.process.communicate(timeout=60)
+    assert board.process.returncode == 1
+    assert "was running there already" in errors
+    assert "error: TensorBoard ended on the server" in errors
+
+
+@pytest.mark.parametrize(
+    "script", [REAL, f"{REAL.removeprefix('exec ')}; :"], ids=["itself", "a script"]
+)
+@pytest.mark.parametrize("when", ["cut", "closed"])
+def test_ctrl_c_leaves_nothing_running_there_even_during_a_cut(
+    tmp_path: Path, when: str, script: str
+) -> None:
+    train("remote", root=tmp_path / "logs")
+    with box_with(tmp_path, script) as box, contextlib.closing(Link(box.port)) as link:
+        box.trust_port(link.port)
+        port = free_port()
+        words = ["start-tensorboard", *reaching(box), "--logdir", tmp_path / "logs"]
+        words[words.index("--ssh-port") + 1] = link.port
+        words += ["--port", free_port(), "--remote-port", port]
+        with Running(*words, env=box.environment) as board:
+            board.url()
+            assert processes(f"--port={port}")
+            if when == "cut":
+                link.cut()
+            code, errors = board.interrupt()
+        assert code == 0, errors
+        assert ("by itself" in errors) == (when == "cut"), errors
+        assert wait_until(lambda: not processes(f"--port={port}"), 30)
+
+
+def test_after_a_cut_tensorboard_is_started_there_again(tmp_path: Path) -> None:
+    train("remote", root=tmp_path / "logs")
+    with box_with(tmp_path) as box, contextlib.closing(Link(box.port)) as link:
+        box.trust_port(link.port)
+        port = free_port()
+        words = ["start-tensorboard", *reaching(box), "--logdir", tmp_path / "logs"]
+        words[words.index("--ssh-port") + 1] = link.port
+        words += ["--port", free_port(), "--remote-port", port]
+        with Running(*words, env=box.environment) as board:
+            url = board.url()
+            first = processes(f"--port={port}")
+            link.cut()
+            link.mend()
+            assert wait_until(lambda: not is_gone(url), 60)
+            assert wait_until(lambda: not set(processes(f"--port={port}")) & set(first), 30)
+            assert wait_until(lambda: not is_gone(url), 60)
+            assert board.interrupt()[0] == 0
+        assert wait_until(lambda: not processes(f"--port={port}"), 30)
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "error"),
+    [
+        (
+            'printf "\\033[31mno module\\n%010000d\\n" 7 >&2; exit 1',
+            1,
+            r"does not start .*\\x1b.*0000",
+        ),
+        (
+            'echo "ModuleNotFoundError: No module named tensorboard" >&2; exit 1',
+            3,
+            "does not start",
+        ),
+        (REAL, 2, "port .* is taken on the server by something else"),
+    ],
+    ids=["says why", "is not installed", "port is taken"],
+)
+def test_why_tensorboard_does_not_start_there_is_said(
+    tmp_path: Path, script: str, code: int, error: str
+) -> None:
+    train("remote", root=tmp_path / "logs")
+    with box_with(tmp_path, script) as box, socket.create_server(("127.0.0.1", 0)) as taken:
+        words = ["start-tensorboard", *reaching(box), "--logdir", tmp_path / "logs"]
+        words += ["--port", free_port(), "--remote-port", taken.getsockname()[1]]
+        taken.settimeout(0.1)
+        with Running(*words, env=box.environment) as board:
+            _, errors = board.process.communicate(timeout=90)
+    first, *hint = errors.splitlines()
+    assert board.process.returncode == code, errors
+    assert re.search(error, first), first[:500]
+    assert len(first) < 1000
+    assert ("--remote-port" in "".join(hint)) == (code == 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["with two  spaces", 'it\'s "quoted" $(id)', "-logs", "line\nbreak", "~", "ты"]
+)
+@pytest.mark.parametrize("everything", [True, False], ids=["a folder", "its newest run"])
+def test_odd_names_on_a_server_are_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, everything: bool
+) -> None:
+    home = tmp_path / "home"
+    logs = home / name
+    older, newer = train("older", root=logs), train("newer", root=logs)
+    os.utime(next(older.iterdir()), (1e9, 1e9))
+    shown = logs if everything else newer
+    if not everything:
+        newer.rename(logs / name)
+        shown = logs / name
+    with box_with(tmp_path) as box:
+        for variable, value in box.environment.items():
+            monkeypatch.setenv(variable, value)
+        with Tunnel(settings(box), free_port(), open_listener(0)) as tunnel:
+            board = RemoteTensorBoard(tunnel, 6006, str(logs), everything)
+            assert board._folder_to_show() == str(shown)
+            for typed in (f"home/{name}", f"~/home/{name}", f"./home/{name}"):
+                board = RemoteTensorBoard(tunnel, 6006, typed, everything)
+                assert board._folder_to_show() == str(shown), typed
+
+
+def test_a_folder_with_an_odd_name_is_shown_from_a_server(tmp_path: Path) -> None:
+    name = "-it's a\nlog"
+    train("remote", root=tmp_path / name)
+    with box_with(tmp_path) as box:
+        words = ["start-tensorboard", *reaching(box), f"--logdir={name}", "--port", free_port()]
+        with Running(*words, "--remote-port", free_port(), env=box.environment) as board:
+            url = board.url()
+            assert wait_until(lambda: len(tags(url)) == 1, 30)
+
+
+FLAGS_THAT_DO_NOT_FIT = [
+    ("--s3", "--host-ssh", "box"),
+    ("--s3", "--logdir", "logs"),
+    ("--s3", "--all"),
+    ("--all", "--logdir", "logs"),
+    ("--host", "::", "--host-ssh", "box"),
+    ("--remote-port", "6007"),
+    ("--ssh-port", "22"),
+    ("--user", "me"),
+    ("--identity", "key"),
+    ("--accept-new-host-key",),
+    ("--run", "one"),
+    ("--refresh", "5"),
+    ("--bucket", "b"),
+    ("--bucket", "b", "--host-ssh", "box"),
+    ("--limit-rate", "1M", "--host-ssh", "box"),
+    ("--remote-port", "6007", "--s3"),
+    ("--timeout", "5"),
+]
+
+
+@pytest.mark.parametrize("words", FLAGS_THAT_DO_NOT_FIT, ids=" ".join)
+def test_flags_that_would_do_nothing_are_a_usage_error(run: Run, words: tuple[str, ...]) -> None:
+    train("first", epochs=1)
+    done = run("start-tensorboard", *words)
+    assert done.returncode == 2, done.stderr
+    assert words[0] in done.stderr
+    assert re.search("exclude each other|means nothing without", done.stderr)
+
+
+def test_hints_name_flags_that_the_command_has(run: Run) -> None:
+    done = run("start-tensorboard", "--host-ssh", "host.invalid", "--port", str(free_port()))
+    assert done.returncode == 7
+    assert "check --host-ssh," in done.stderr
+    taken = str(free_port())
+    with socket.create_server(("127.0.0.1", int(taken))):
+        done = run("tunnel", "--host", "host.invalid", "--remote-port", taken)
+    assert done.returncode == 2
+    assert "--local-port" in done.stderr
+
+
+ALL_IPV4 = "0.0.0.0"  # noqa: S104 - TensorBoard listens there for a moment
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [("localhost", "localhost"), (ALL_IPV4, "127.0.0.1"), ("127.0.0.2", "127.0.0.2"),
+     ("::1", "[::1]"), ("::", "[::1]")],
+)  # fmt: skip
+def test_the_address_that_is_printed_opens_whatever_it_listens_on(host: str, shown: str) -> None:
+    if ":" in host and not has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    train("first")
+    with Running("start-tensorboard", "-q", "--host", host, "--port", free_port()) as board:
+        url = board.url()
+        assert re.fullmatch(rf"http://{re.escape(shown)}:\d+", url)
+        assert wait_until(lambda: tags(url) == {"."}, 20)
+        assert board.process.stdout is not None
+        board.process.send_signal(signal.SIGINT)
+        said = board.process.stdout.read()
+        assert board.process.wait(30) == 0
+    assert ("open to  " in said) == (host in (ALL_IPV4, "::"))
+
+
+def test_the_address_of_another_machine_is_refused(run: Run) -> None:
+    train("first")
+    done = run("start-tensorboard", "--host", "203.0.113.7")
+    assert done.returncode == 2
+    assert "no address of this machine" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["127.0.0.1", "127.0.0.2"])
+def test_a_port_is_passed_over_that_is_taken_at_the_address_or_for_tensorboard(where: str) -> None:
+    """TensorBoard takes no port on which anything answers at localhost."""
+    train("first")
+    with socket.create_server((where, 0)) as taken:
+        port = taken.getsockname()[1]
+        with Running("start-tensorboard", "--host", "127.0.0.2", "--port", port) as board:
+            url = board.url()
+            assert re.fullmatch(r"http://127\.0\.0\.2:\d+", url)
+            assert not url.endswith(f":{port}")
+            assert f"port {port} is taken" in board.interrupt()[1]
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["a terminal is closed", "under nohup"])
+def test_a_closed_terminal_leaves_no_tensorboard_behind(ignored: bool) -> None:
+    train("first")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        board = Running("start-tensorboard", "--port", free_port())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with board:
+        url = board.url()
+        board.process.send_signal(signal.SIGHUP)
+        board.process.send_signal(signal.SIGHUP)  # from the shell, and from the terminal
+        if ignored:
+            assert not is_gone(url)
+            board.process.terminate()
+        assert board.process.wait(30) == 143
+        assert is_gone(url)
+
+
+def test_with_json_there_is_one_document_even_when_it_fails_later() -> None:
+    train("first")
+    port = free_port()
+    with Running("start-tensorboard", "--json", "--port", port) as board:
+        board.json_url()
+        for pid in processes(f"--port={port}"):
+            os.kill(pid, signal.SIGKILL)
+        rest, errors = board.process.communicate(timeout=30)
+    assert (board.process.returncode, rest) == (1, "")
+    assert errors.startswith("error: TensorBoard ended")
+
+
+def test_a_tunnel_whose_output_nobody_reads_ends_well(server: SSHServer) -> None:
+    words = ["tunnel", "--host", server.host, "--port", server.port, "--user", server.user]
+    words += ["--identity", str(server.identity), "--remote-port", free_port()]
+    with Running(*words, "--local-port", free_port(), env=server.environment) as tunnel:
+        tunnel.url()
+        assert tunnel.process.stderr is not None
+        tunnel.process.stderr.close()
+        tunnel.process.stderr = None
+        server.kill_sessions()
+        assert tunnel.process.wait(30) == 0
 
 
 def test_runs_that_only_exist_in_the_bucket_are_mirrored_and_refreshed(

@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import metrics_runs
 from cloud_services import (
+    AccessError,
     CloudError,
     MissingPackageError,
     NotFoundError,
@@ -386,6 +387,30 @@ def test_sound_records_of_anything_do_no_harm(tmp_path: Path, content: bytes) ->
     assert read_run(folder).curves["loss"].last.value == 1.0
 
 
+@given(st.binary(max_size=60), st.sampled_from(["session_start_info", "session_end_info"]))
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_hyperparameters_of_anything_do_no_harm(tmp_path: Path, content: bytes, kind: str) -> None:
+    from training_metrics import record
+
+    metadata = MESSAGES._metadata("hparams", content)
+    value = MESSAGES.summary.Summary.Value(tag=f"_hparams_/{kind}", metadata=metadata)
+    event = MESSAGES.event.Event(wall_time=1e9, summary=MESSAGES.summary.Summary(value=[value]))
+    odd = record(event.SerializeToString())
+    folder = write(tmp_path / "run", odd, *scalars("loss", [1.0]))
+    assert read_run(folder).curves["loss"].last.value == 1.0
+
+
+@pytest.mark.parametrize("when", [math.inf, math.nan, -1.0, 1e300, 0.0])
+def test_an_impossible_time_is_no_reason_to_fail(tmp_path: Path, when: float) -> None:
+    odd = [MESSAGES.scalar(when, step, "loss", 1.0) for step in range(3)]
+    (run,) = list_runs(write(tmp_path / "run", *odd))
+    assert run.last_step == 2
+    assert 0 <= run.seconds < 1e10
+    assert len(runs_table([run])) == 2
+
+
 def test_a_damaged_best_value_is_not_reported(tmp_path: Path) -> None:
     """The shape of its record is right, only the number and so the checksum is not."""
     records = scalars("loss", [1.0, 0.75, 0.5])
@@ -637,6 +662,76 @@ def test_a_plot_with_another_suffix_or_of_nothing_is_refused(tmp_path: Path) -> 
     assert "--plot runs.html" in caught.value.hint
     with pytest.raises(NotFoundError):
         plot_runs([], tmp_path / "runs.html")
+
+
+def make_odd(folder: Path, kind: str) -> None:
+    """One entry as the trash of years may hold it."""
+    file = folder / "events.out.tfevents.2.host.2.0"
+    folder.mkdir()
+    if kind == "a FIFO":
+        os.mkfifo(file)
+    elif kind == "a dangling link":
+        file.symlink_to("nothing")
+    elif kind == "a link that leads to itself":
+        file.symlink_to(file)
+    elif kind == "an unreadable folder":
+        folder.chmod(0)
+    elif kind == "a folder that may only be listed":
+        write(folder, *scalars("loss", [0.5]))
+        folder.chmod(0o400)
+    elif kind == "an unreadable file":
+        file.write_bytes(b"")
+        file.chmod(0)
+    else:
+        whole = b"".join(scalars("loss", [0.5] * 100))
+        file.write_bytes(MESSAGES.version() + whole[:500] + b"x" * 40 + whole[540:])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="it needs the entries of a POSIX file system")
+@pytest.mark.parametrize(
+    "kind", ["a FIFO", "a dangling link", "a link that leads to itself", "an unreadable folder",
+             "a folder that may only be listed", "an unreadable file", "a damaged file"],
+)  # fmt: skip
+def test_one_odd_entry_is_named_and_the_others_are_listed(
+    plain_user: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    logs = plain_user / "logs"
+    logs.mkdir()
+    write(logs / "good", *scalars("loss", [0.5]))
+    make_odd(logs / "odd", kind)
+    try:
+        runs = list_runs(logs)
+    finally:
+        (logs / "odd").chmod(0o700)
+    listed = {"good", "odd"} if kind == "a damaged file" else {"good"}
+    assert {run.name for run in runs} == listed
+    (warning,) = caplog.records
+    assert "odd" in warning.getMessage()
+    compare_runs(logs, ["good"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="it needs permissions")
+def test_a_folder_of_logs_that_cannot_be_read_is_an_error(plain_user: Path) -> None:
+    (plain_user / "logs").mkdir(mode=0)
+    with pytest.raises(AccessError, match="permission denied"):
+        list_runs(plain_user / "logs")
+
+
+def test_a_comparison_shows_no_control_characters(tmp_path: Path) -> None:
+    red = "\x1b[31mred"
+    write(tmp_path / red, MESSAGES.session_start({red: red}), *scalars(red, [0.5]))
+    write(tmp_path / "plain", *scalars("loss", [0.5]))
+    table = compare_runs(tmp_path, [red, "plain"]).table()
+    shown = "".join(cell for row in table for cell in row)
+    assert shown.count(r"\x1b[31mred") == 4
+    assert "\x1b" not in shown
+
+
+def test_hyperparameters_that_are_no_numbers_become_valid_json(tmp_path: Path) -> None:
+    start = MESSAGES.session_start({"rate": math.nan, "layers": 4})
+    run = read_run(write(tmp_path, start, *scalars("loss", [0.5])))
+    shown = json.loads(json.dumps(run.document()["hyperparameters"], allow_nan=False))
+    assert shown == {"rate": None, "layers": 4.0}
 
 
 def test_a_table_of_runs_shows_no_control_characters(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import itertools
 import logging
 import os
 import random
+import select
 import signal
 import socket
 import sqlite3
@@ -40,7 +41,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud_jobs import object_changes, s3_service
+from cloud_jobs import object_changes, object_store, s3_protocol, s3_service, storage
 from cloud_jobs.object_store import ObjectStore
 from cloud_jobs.s3_bodies import ChunkedFraming
 from cloud_jobs.s3_documents import read_document
@@ -48,7 +49,7 @@ from cloud_jobs.s3_errors import S3Error
 from cloud_jobs.s3_requests import byte_range
 from cloud_jobs.s3_signatures import ChunkSigner, hoisted_headers
 from cloud_jobs.storage import StorageServer, StorageSettings
-from cloud_jobs.storage_keys import Credential, signing_key
+from cloud_jobs.storage_keys import Credential, StorageKeys, signing_key
 from cloud_services import (
     AccessError,
     CloudError,
@@ -168,10 +169,22 @@ class Raw:
             after(signed)
         return self.send(method, target, signed, body)
 
-    def bytes(self, data: bytes) -> bytes:
-        """What comes back for these bytes, until the server closes."""
+    def head(self, method: str, target: str, headers: dict[str, str]) -> bytes:
+        """A request's head as it is sent."""
+        lines = [f"{method} {target} HTTP/1.1", *(f"{n}: {v}" for n, v in headers.items())]
+        return "\r\n".join([*lines, "", ""]).encode()
+
+    def signed_head(self, method: str, target: str, **headers: str) -> bytes:
+        """A head with a signature, for a body that is not signed."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return self.head(method, target, self.sign(method, target, named, "UNSIGNED-PAYLOAD"))
+
+    def bytes(self, data: bytes, whole: bool = True) -> bytes:
+        """What comes back for these bytes, until the server closes, or the first of it."""
         with socket.create_connection(self.address, 30) as connection:
             connection.sendall(data)
+            if not whole:
+                return connection.recv(65536)
             return b"".join(iter(functools.partial(connection.recv, 65536), b""))
 
 
@@ -388,6 +401,34 @@ def test_presigned_urls_get_and_put(server: StorageServer, raw: Raw, version: st
     assert raw.send("GET", get.partition("?")[0], {}).code == "AccessDenied"
     added = {"x-amz-meta-added": "later"}
     assert raw.send("PUT", put, added, b"").code in ("AccessDenied", "SignatureDoesNotMatch")
+
+
+@pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS)
+def test_a_presigned_url_may_hold_any_text(
+    server: StorageServer, raw: Raw, client: Any, version: str | None
+) -> None:
+    client.put_object(Bucket=BUCKET, Key="ключ", Body=b"content")
+    where = {"Bucket": BUCKET, "Key": "ключ"}
+    for name, code in (("naïve £.bin", ""), ("ключ 🐘.bin", "InvalidArgument")):
+        text = f'attachment; filename="{name}"'
+        words = where | {"ResponseContentDisposition": text}
+        reply = raw.send("GET", presigned(server, version, "get_object", where=words), {})
+        if code:
+            assert reply.code == code
+        else:
+            assert (reply.body, reply.headers["content-disposition"]) == (b"content", text)
+
+
+@pytest.mark.parametrize("version", VERSIONS.values(), ids=VERSIONS)
+def test_a_presigned_url_may_hold_metadata(
+    server: StorageServer, raw: Raw, client: Any, version: str | None
+) -> None:
+    words = {"Bucket": BUCKET, "Key": "presigned-meta", "Metadata": {"note": "plain"}}
+    put = presigned(server, version, "put_object", where=words)
+    sent = {} if version is None else {"x-amz-meta-note": "plain"}
+    assert raw.send("PUT", put, sent, b"content").status == 200
+    head = client.head_object(Bucket=BUCKET, Key="presigned-meta")
+    assert head["Metadata"] == {"note": "plain"}
 
 
 def test_a_presigned_url_with_odd_parameters_is_refused(server: StorageServer, raw: Raw) -> None:
@@ -710,6 +751,86 @@ def test_listings_agree_with_a_simple_model(
         client.put_object(Bucket=bucket, Key=key, Body=b"")
     found = listing_of(client, version, bucket, most, Prefix=prefix, Delimiter=delimiter)
     assert found == listing_by_hand(keys, prefix, delimiter)
+
+
+ALPHABET = "ab/é🐘"
+KEY_SETS = {"list-all": 1.0, "list-many": 0.5, "list-few": 0.1}
+
+
+@pytest.fixture(scope="module")
+def key_sets(client: Any, server: StorageServer) -> dict[str, list[str]]:
+    """Buckets with some of the keys of up to four letters."""
+    every = [
+        "".join(letters) for n in range(1, 5) for letters in itertools.product(ALPHABET, repeat=n)
+    ]
+    sets = {}
+    for bucket, share in KEY_SETS.items():
+        keys = random.Random(bucket).sample(every, int(share * 250))
+        keys = sorted({*keys, "aa", "aaa", "a//", "//a", "é🐘é"}, key=str.encode)
+        client.create_bucket(Bucket=bucket)
+        for key in keys:
+            client.put_object(Bucket=bucket, Key=key, Body=b"")
+        sets[bucket] = keys
+    return sets
+
+
+def page_by_hand(
+    keys: list[str], version: int, prefix: str, delimiter: str, after: str, most: int
+) -> tuple[list[str], bool]:
+    """One page as S3 describes it, key by key: its names, groups marked with *, and if cut."""
+    found: list[str] = []
+    for key in keys:
+        if key.encode() <= after.encode() or not key.startswith(prefix):
+            continue
+        before, cut, _ = key[len(prefix) :].partition(delimiter) if delimiter else (key, "", "")
+        name = f"*{prefix}{before}{cut}" if cut else key
+        if name in found or (version == 1 and cut and after.startswith(name[1:])):
+            continue
+        if len(found) == most:
+            return found, True
+        found.append(name)
+    return found, False
+
+
+def page_of(client: Any, version: int, **words: Any) -> tuple[list[str], dict[str, Any]]:
+    page = (client.list_objects_v2 if version == 2 else client.list_objects)(**words)
+    names = [entry["Key"] for entry in page.get("Contents", ())]
+    names += ["*" + entry["Prefix"] for entry in page.get("CommonPrefixes", ())]
+    return sorted(names, key=lambda name: name.removeprefix("*").encode()), page
+
+
+@given(
+    bucket=st.sampled_from(list(KEY_SETS)), version=st.sampled_from([1, 2]),
+    texts=st.tuples(*(st.text(ALPHABET, max_size=size) for size in (2, 3, 4))),
+    most=st.integers(1, 12),
+)  # fmt: skip
+@settings(max_examples=250, deadline=None)
+def test_pages_of_a_listing_are_as_s3_describes_them(
+    client: Any, key_sets: dict[str, list[str]], bucket: str, version: int,
+    texts: tuple[str, str, str], most: int,
+) -> None:  # fmt: skip
+    keys = key_sets[bucket]
+    prefix, delimiter, after = texts
+    words = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter}
+    name = "StartAfter" if version == 2 else "Marker"
+    everything, _ = page_by_hand(keys, version, prefix, delimiter, after, len(keys))
+    seen: list[str] = []
+    more = {name: after}
+    for _ in range(8):
+        names, page = page_of(client, version, **words, **more, MaxKeys=most)
+        assert names == everything[len(seen) :][:most]
+        seen += names
+        assert page["IsTruncated"] == (len(seen) < len(everything))
+        if not page["IsTruncated"]:
+            break
+        if version == 2:
+            assert page["KeyCount"] == len(names)
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+        else:
+            assert page["NextMarker"] == names[-1].removeprefix("*")
+            by_hand = page_by_hand(keys, 1, prefix, delimiter, page["NextMarker"], most)
+            assert by_hand[0] == everything[len(seen) :][:most]
+            more = {"Marker": page["NextMarker"]}
 
 
 def test_listing_starts_where_it_is_told_to(client: Any) -> None:
@@ -1073,6 +1194,63 @@ def test_malformed_requests_get_an_error_of_s3(
     assert (reply.status, reply.code) == (status, code)
 
 
+UNKNOWN_QUERIES = (
+    "acl", "tagging", "annotation", "annotation=x", "retention", "legal-hold", "torrent", "restore",
+    "lifecycle", "policy", "cors", "website", "metadataTable", "ACL", "acl=", "acl=x", "nonsense",
+    "partNumber=1", "partNumber=1&uploadId", "uploads", "versions", "append&position=0",
+    "acl&x-id=PutObject", "delete", "attributes", "renameObject", "object-lock", "nonsense=1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("query", UNKNOWN_QUERIES)
+def test_a_query_that_is_not_known_never_runs_the_plain_operation(
+    raw: Raw, client: Any, query: str
+) -> None:
+    with contextlib.suppress(ClientError):
+        client.create_bucket(Bucket="queries")
+        client.create_bucket(Bucket="empty-one")
+    client.put_object(Bucket="queries", Key="key", Body=b"precious")
+    for method, target in (
+        ("PUT", "queries/key"), ("DELETE", "queries/key"), ("DELETE", "empty-one"),
+        ("PUT", "never-made"), ("POST", "queries/key"),
+    ):  # fmt: skip
+        if (method, query) == ("POST", "uploads"):
+            continue
+        reply = raw.call(method, f"/{target}?{query}", b"other" if method == "PUT" else b"")
+        if "uploadId" in query:
+            assert reply.status >= 400
+        else:
+            assert (reply.status, reply.code) == (501, "NotImplemented"), (method, target)
+    assert client.get_object(Bucket="queries", Key="key")["Body"].read() == b"precious"
+    names = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+    assert "empty-one" in names
+    assert "never-made" not in names
+
+
+@pytest.mark.parametrize(
+    "query", ["acl", "retention", "torrent", "annotation", "nonsense", "restore="]
+)
+def test_content_is_no_answer_to_another_question(raw: Raw, client: Any, query: str) -> None:
+    client.put_object(Bucket=BUCKET, Key="content", Body=b"content")
+    for target in (f"/{BUCKET}/content", f"/{BUCKET}"):
+        assert raw.call("GET", f"{target}?{query}").status == 501
+
+
+def test_what_clients_add_to_a_query_changes_nothing(raw: Raw, client: Any) -> None:
+    for method, query in (
+        ("PUT", "x-id=PutObject"), ("PUT", "x-amz-meta-note=x"), ("GET", "x-id=GetObject"),
+        ("GET", "versionId=null"), ("GET", "partNumber=1"), ("GET", "response-expires=x"),
+        ("HEAD", "partNumber=1"), ("GET", "trace=1"), ("DELETE", "versionId=null&x-id=DeleteObject"),
+    ):  # fmt: skip
+        assert raw.call(method, f"/{BUCKET}/harmless?{query}", b"").status in (200, 204, 206), query
+    assert (
+        raw.call("GET", f"/{BUCKET}?list-type=2&prefix=&delimiter=&fetch-owner=true").status == 200
+    )
+    assert raw.call("GET", f"/{BUCKET}?location=").status == 200
+    assert raw.call("GET", f"/{BUCKET}?versioning").status == 200
+    assert raw.call("GET", f"/{BUCKET}/harmless?versionId=3").code == "NotImplemented"
+
+
 @pytest.mark.parametrize(
     "data",
     [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00",
@@ -1162,6 +1340,201 @@ def test_a_reader_that_stands_still_is_given_up(
             while data := connection.recv(MIB):
                 got += len(data)
     assert got < 60 * MIB
+
+
+# ── what a connection may cost ───────────────────────────────────────────────────────────────────
+
+
+def answers(connection: socket.socket, methods: list[str]) -> list[Reply]:
+    """The answers to pipelined requests, in their order."""
+    shared = SimpleNamespace(makefile=lambda *_: stream)
+    replies = []
+    with connection.makefile("rb") as real:
+        stream: Any = SimpleNamespace(
+            readline=real.readline, read=real.read, readinto=real.readinto, flush=lambda: None,
+            close=lambda: None, closed=False, read1=real.read1,
+        )  # fmt: skip
+        for method in methods:
+            response = http.client.HTTPResponse(shared, method=method)  # type: ignore[arg-type]
+            response.begin()
+            replies.append(Reply(response))
+    return replies
+
+
+def test_pipelined_requests_are_answered_in_their_order(raw: Raw) -> None:
+    for number in range(40):
+        store_raw(raw, f"piped-{number}", b"%d" % number * 2000)
+    body = random_bytes(500_000)
+    heads = [raw.signed_head("GET", f"/{BUCKET}/piped-{number}") for number in range(40)]
+    put = raw.signed_head("PUT", f"/{BUCKET}/piped", Content_Length=str(len(body)))
+    last = raw.signed_head("GET", f"/{BUCKET}/piped")
+    with socket.create_connection(raw.address, 30) as connection:
+        connection.sendall(b"".join(heads) + put + body + last)
+        replies = answers(connection, ["GET"] * 40 + ["PUT", "GET"])
+    assert [reply.body for reply in replies[:40]] == [b"%d" % n * 2000 for n in range(40)]
+    assert replies[40].status == 200
+    assert replies[41].body == body
+
+
+@pytest.mark.parametrize("with_body", [False, True])
+def test_a_client_that_pours_requests_does_not_fill_memory(tmp_path: Path, with_body: bool) -> None:
+    with Process(tmp_path, fsync=False) as process:
+        raw, client = Raw(process.url), client_of(process.url)
+        client.create_bucket(Bucket=BUCKET)
+        client.put_object(Bucket=BUCKET, Key="key", Body=bytes(60_000))
+        before = process.peak()
+        data = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000
+        if with_body:
+            head = raw.signed_head("GET", f"/{BUCKET}/key", Content_Length="9")
+            data = (head + b"123456789") * 200
+        sent = 0
+        with socket.create_connection(raw.address, 3) as connection:
+            with contextlib.suppress(TimeoutError, OSError):
+                while sent < 64 * MIB:
+                    sent += connection.send(data)
+            assert sent < 64 * MIB
+            assert process.peak() - before < 30
+            assert raw.call("GET", f"/{BUCKET}").status == 200
+
+
+def test_garbage_behind_a_request_does_not_spoil_its_answer(raw: Raw, client: Any) -> None:
+    content = random_bytes(20 * MIB)
+    client.put_object(Bucket=BUCKET, Key="before-garbage", Body=content)
+    head = raw.signed_head("GET", f"/{BUCKET}/before-garbage")
+    with socket.create_connection(raw.address, 30) as connection:
+        connection.sendall(head + b"nonsense\r\n\r\n")
+        first, second = answers(connection, ["GET", "GET"])
+    assert first.body == content
+    assert (second.status, second.code) == (400, "InvalidRequest")
+
+
+@pytest.mark.parametrize("said", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: loc", b"\r\n"])
+def test_a_client_that_says_nothing_or_half_is_not_kept(
+    raw: Raw, monkeypatch: pytest.MonkeyPatch, said: bytes
+) -> None:
+    monkeypatch.setattr(s3_protocol, "HEAD_SECONDS", 1.0)
+    reply = raw.bytes(said)
+    assert (b"RequestTimeout" in reply) == (b"GET" in said)
+
+
+def test_a_head_that_trickles_in_is_not_waited_for(
+    raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_protocol, "HEAD_SECONDS", 1.0)
+    sent = 0
+    with (
+        socket.create_connection(raw.address, 30) as connection,
+        contextlib.suppress(ConnectionError),
+    ):
+        connection.sendall(b"GET / HTTP/1.1\r\nX: ")
+        while sent < 300:
+            connection.sendall(b"a")
+            sent += 1
+            time.sleep(0.1)
+    assert sent < 300
+
+
+def test_an_idle_connection_and_a_slow_upload_are_kept(
+    raw: Raw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3_protocol, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(s3_service, "WATCH_SECONDS", 0.2)
+    head = raw.signed_head("PUT", f"/{BUCKET}/slow", Content_Length="6")
+    with socket.create_connection(raw.address, 30) as connection:
+        connection.sendall(head)
+        for _ in range(6):
+            time.sleep(0.5)
+            connection.sendall(b"x")
+        assert answers(connection, ["PUT"])[0].status == 200
+        time.sleep(3)
+        connection.sendall(raw.signed_head("GET", f"/{BUCKET}/slow"))
+        assert answers(connection, ["GET"])[0].body == b"xxxxxx"
+
+
+def test_an_endless_header_is_refused_before_it_ends(raw: Raw) -> None:
+    with socket.create_connection(raw.address, 30) as connection:
+        reply, sent = b"", 0
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"GET / HTTP/1.1\r\nX: ")
+            while sent < 100 and not select.select([connection], [], [], 0.05)[0]:
+                connection.sendall(b"a" * 4096)
+                sent += 1
+            reply = connection.recv(1000)
+    assert sent < 100
+    assert b"RequestHeaderSectionTooLarge" in reply
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_request_to_upgrade_is_one_like_any_other(raw: Raw, client: Any, cut: bool) -> None:
+    body = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500
+    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}
+    put = raw.signed_head("PUT", f"/{BUCKET}/upgrade", Content_Length=str(len(body)), **upgrade)
+    get = raw.signed_head("GET", f"/{BUCKET}/upgrade", **upgrade)
+    with socket.create_connection(raw.address, 30) as connection:
+        if cut:
+            for piece in (put[:100], put[100:], body[:7], body[7:], get[:-1], get[-1:]):
+                connection.sendall(piece)
+                time.sleep(0.02)
+        else:
+            connection.sendall(put + body + get)
+        first, second = answers(connection, ["PUT", "GET"])
+        connection.sendall(raw.signed_head("HEAD", f"/{BUCKET}/upgrade"))
+        third = answers(connection, ["HEAD"])[0]
+    assert (first.status, third.status) == (200, 200)
+    assert second.body == body
+    assert client.get_object(Bucket=BUCKET, Key="upgrade")["Body"].read() == body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"CONNECT /bucket/key HTTP/1.1\r\nHost: localhost\r\n\r\n",
+     b"CONNECT localhost:1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+     b"PUT /bucket/k HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"],
+)  # fmt: skip
+def test_an_upgrade_that_cannot_be_plain_http_is_refused(raw: Raw, data: bytes) -> None:
+    reply = raw.bytes(data)
+    assert reply.startswith(b"HTTP/1.1 400 ")
+    assert reply.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize("target", ["/bucket/key", "/?x=%ff"])
+def test_a_stop_does_not_wait_for_a_client_that_reads_no_answers(
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage, "STOP_SECONDS", 1.0)
+    running = StorageServer(given_settings(tmp_path))
+    running.start()
+    raw, client = Raw(running.url), client_of(running.url)
+    client.create_bucket(Bucket=BUCKET)
+    client.put_object(Bucket=BUCKET, Key="key", Body=bytes(60_000))
+    head = raw.signed_head("GET", target)
+    with socket.create_connection(raw.address, 2) as connection:
+        with contextlib.suppress(TimeoutError):
+            while True:
+                connection.send(head * 50)
+        stopping = threading.Thread(target=running.stop)
+        stopping.start()
+        stopping.join(20)
+        assert not stopping.is_alive()
+    assert running.cut_off == (f"GET {target.partition('?')[0]}",)
+    assert "cut off by the stop of the server: GET" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_a_stop_cuts_an_upload_that_stands_still_and_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "STOP_SECONDS", 0.5)
+    with StorageServer(given_settings(tmp_path)) as running:
+        raw = Raw(running.url)
+        client_of(running.url).create_bucket(Bucket=BUCKET)
+        head = raw.signed_head("PUT", f"/{BUCKET}/still", Content_Length="900000")
+        with socket.create_connection(raw.address, 30) as connection:
+            connection.sendall(head + bytes(300_000))
+            wait_until(lambda: data_files(tmp_path) == 1)
+            running.stop()
+            assert running.cut_off == (f"PUT /{BUCKET}/still",)
+    assert data_files(tmp_path) == 0
 
 
 def test_a_refusal_is_read_even_while_a_large_body_is_sent(raw: Raw) -> None:
@@ -1348,6 +1721,44 @@ class Zeros(io.RawIOBase):
         return bytes(count)
 
 
+def test_a_store_without_fsync_keeps_its_index_whole_in_a_power_cut(tmp_path: Path) -> None:
+    for fsync, expected in ((True, 2), (False, 1)):
+        database = object_store._open_index(tmp_path / f"{fsync}.db", fsync)
+        with contextlib.closing(database):
+            assert database.execute("PRAGMA synchronous").fetchone() == (expected,)
+            assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_removing_a_large_file_holds_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removing, done = threading.Event(), threading.Event()
+    unlink = Path.unlink
+
+    def slow(path: Path, missing_ok: bool = False) -> None:
+        if path.parent.parent.name == "data":
+            removing.set()
+            assert done.wait(30)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", slow)
+    content = random_bytes(20 * MIB)
+    with StorageServer(given_settings(tmp_path)) as running:
+        client = client_of(running.url)
+        client.create_bucket(Bucket=BUCKET)
+        for key in ("removed", "replaced"):
+            client.put_object(Bucket=BUCKET, Key=key, Body=content)
+        body = client.get_object(Bucket=BUCKET, Key="replaced")["Body"]
+        client.delete_object(Bucket=BUCKET, Key="removed")
+        assert removing.wait(30)
+        client.put_object(Bucket=BUCKET, Key="replaced", Body=content[::-1])
+        assert body.read() == content
+        assert client.get_object(Bucket=BUCKET, Key="replaced")["Body"].read() == content[::-1]
+        assert not done.is_set()
+        done.set()
+    assert data_files(tmp_path) == 1
+
+
 def test_what_a_crash_left_behind_is_swept(tmp_path: Path) -> None:
     with StorageServer(given_settings(tmp_path)) as running:
         client_of(running.url).create_bucket(Bucket=BUCKET)
@@ -1497,6 +1908,98 @@ def test_a_port_and_a_folder_belong_to_one_server(tmp_path: Path, server: Storag
     again = given_settings(server.settings.folder)
     with pytest.raises(RefusedError, match="another server"), StorageServer(again):
         pass
+
+
+def open_here() -> tuple[set[str], list[str]]:
+    """Names of the threads and targets of the descriptors of this process."""
+    descriptors = []
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            descriptors.append(str(entry.readlink()))
+    threads = {thread.name for thread in threading.enumerate() if "storage" in thread.name}
+    return threads, sorted(name for name in descriptors if not name.startswith("/proc"))
+
+
+def port_taken(folder: Path, _: pytest.MonkeyPatch) -> StorageSettings:
+    taken = socket.create_server(("127.0.0.1", 0))
+    TAKEN.append(taken)
+    return given_settings(folder, port=taken.getsockname()[1])
+
+
+TAKEN: list[socket.socket] = []
+
+
+def no_folder(folder: Path, _: pytest.MonkeyPatch) -> StorageSettings:
+    (folder / "file").write_text("x")
+    return given_settings(folder / "file")
+
+
+def no_index(folder: Path, _: pytest.MonkeyPatch) -> StorageSettings:
+    (folder / "index.db").write_bytes(b"this is no database" * 1000)
+    return given_settings(folder)
+
+
+def newer_index(folder: Path, _: pytest.MonkeyPatch) -> StorageSettings:
+    with contextlib.closing(sqlite3.connect(folder / "index.db")) as database:
+        database.execute("PRAGMA user_version=99")
+    return given_settings(folder)
+
+
+def no_keys(folder: Path, _: pytest.MonkeyPatch) -> StorageSettings:
+    (folder / "keys.db").write_bytes(b"this is no database" * 1000)
+    return given_settings(folder)
+
+
+def other_seal(folder: Path, _: pytest.MonkeyPatch) -> StorageSettings:
+    with contextlib.closing(StorageKeys(folder)) as keys:
+        keys.root()
+    (folder / "seal.key").write_bytes(bytes(32))
+    return given_settings(folder, access_key=None, secret_key=None)
+
+
+def no_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch) -> StorageSettings:
+    def fail(*_: object) -> int:
+        raise PermissionError(13, "permission denied", str(folder))
+
+    monkeypatch.setattr(object_store.Files, "sweep", fail)
+    return given_settings(folder)
+
+
+def no_loop(folder: Path, monkeypatch: pytest.MonkeyPatch) -> StorageSettings:
+    def fail(*_: object) -> None:
+        raise OSError("the loop does not start")
+
+    monkeypatch.setattr(storage, "_run_on", fail)
+    return given_settings(folder)
+
+
+def no_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> StorageSettings:
+    async def wait(*_: object) -> None:
+        await asyncio.sleep(1)
+
+    monkeypatch.setattr(storage, "START_SECONDS", 0.2)
+    monkeypatch.setattr(s3_service.S3Service, "reap", wait)
+    return given_settings(folder)
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [port_taken, no_folder, no_index, newer_index, no_keys, other_seal, no_sweep, no_loop, no_answer],
+)  # fmt: skip
+def test_a_start_that_fails_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoiled: Any
+) -> None:
+    given = spoiled(tmp_path, monkeypatch)
+    running = StorageServer(given)
+    before = open_here()
+    with pytest.raises(CloudError) as caught:
+        running.start()
+    assert open_here() == before
+    assert not running.running
+    running.stop()
+    assert caught.value
+    while TAKEN:
+        TAKEN.pop().close()
 
 
 def test_an_unusable_folder_is_said(tmp_path: Path) -> None:

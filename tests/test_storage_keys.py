@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import json
+import os
+import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -148,6 +152,11 @@ def test_an_expired_key_is_told_so_and_a_wrong_secret_is_not(
     assert code_of(wrong.list_objects_v2, Bucket=BUCKET) == "SignatureDoesNotMatch"
 
 
+def stored_bytes(key: str, size: int) -> int:
+    """What an object without metadata counts: content, key, and an empty list of headers."""
+    return size + len(key) + len("[]")
+
+
 def test_a_quota_counts_what_is_there(server: StorageServer, keys: StorageKeys) -> None:
     folder = server.settings.folder
     client = client_with(server, keys.create("limited", BUCKET, "team/", quota=MIB))
@@ -162,7 +171,7 @@ def test_a_quota_counts_what_is_there(server: StorageServer, keys: StorageKeys) 
     assert code_of(client.copy_object, **copy) == "QuotaExceeded"
     client_of(server.url).delete_object(Bucket=BUCKET, Key="team/a")
     put(Key="team/b", Body=random_bytes(600_000))
-    assert keys.list()[0].used == 600_000
+    assert keys.list()[0].used == stored_bytes("team/b", 600_000)
 
 
 def test_a_quota_counts_parts_and_uploads_that_were_given_up(
@@ -170,25 +179,90 @@ def test_a_quota_counts_parts_and_uploads_that_were_given_up(
 ) -> None:
     client = client_with(server, keys.create("limited", BUCKET, quota=12 * MIB))
     where = {"Bucket": BUCKET, "Key": "large"}
+    entry = stored_bytes("large", 0)
     upload = client.create_multipart_upload(**where)["UploadId"]
     part = functools.partial(client.upload_part, **where, UploadId=upload)
     parts = [part(PartNumber=n, Body=random_bytes(5 * MIB))["ETag"] for n in (1, 2)]
     assert code_of(part, PartNumber=3, Body=random_bytes(5 * MIB)) == "QuotaExceeded"
-    assert keys.list()[0].used == 10 * MIB
+    assert keys.list()[0].used == 10 * MIB + entry
     named = [{"PartNumber": n, "ETag": etag} for n, etag in enumerate(parts, 1)]
     client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": named})
-    assert keys.list()[0].used == 10 * MIB
+    assert keys.list()[0].used == 10 * MIB + entry
     upload = client.create_multipart_upload(**where)["UploadId"]
     client.upload_part(**where, UploadId=upload, PartNumber=1, Body=random_bytes(MIB))
-    assert keys.list()[0].used == 11 * MIB
+    assert keys.list()[0].used == 11 * MIB + 2 * entry
     client.abort_multipart_upload(**where, UploadId=upload)
-    assert keys.list()[0].used == 10 * MIB
+    assert keys.list()[0].used == 10 * MIB + entry
+
+
+def test_a_quota_counts_keys_and_metadata_too(server: StorageServer, keys: StorageKeys) -> None:
+    client = client_with(server, keys.create("limited", BUCKET, quota=20_000))
+    put = functools.partial(client.put_object, Bucket=BUCKET)
+    disposition = "inline; filename=" + "x" * 9000
+    put(Key="one", Body=b"", Metadata={"note": "y" * 1900}, ContentDisposition=disposition)
+    used = keys.list()[0].used
+    assert 10_900 < used < 11_200
+    assert code_of(put, Key="two", ContentDisposition=disposition) == "QuotaExceeded"
+    begin = functools.partial(client.create_multipart_upload, Bucket=BUCKET, Key="many")
+    assert code_of(begin, ContentDisposition=disposition) == "QuotaExceeded"
+    upload = begin(ContentDisposition="inline; filename=" + "x" * 8000)["UploadId"]
+    assert code_of(put, Key="k" * 1024) == "QuotaExceeded"
+    client.abort_multipart_upload(Bucket=BUCKET, Key="many", UploadId=upload)
+    assert keys.list()[0].used == used
+    client_of(server.url).delete_object(Bucket=BUCKET, Key="one")
+    assert keys.list()[0].used == 0
+
+
+def test_a_store_of_before_counts_metadata_from_its_next_start_on(tmp_path: Path) -> None:
+    keys = StorageKeys(tmp_path)
+    made = keys.create("limited", BUCKET, quota=MIB)
+    with StorageServer(given_settings(tmp_path)) as running:
+        client_of(running.url).create_bucket(Bucket=BUCKET)
+        client = client_with(running, made)
+        client.put_object(Bucket=BUCKET, Key="one", Body=b"content", Metadata={"a": "b" * 100})
+        used = keys.list()[0].used
+    with contextlib.closing(sqlite3.connect(tmp_path / "index.db")) as database:
+        database.executescript(
+            "DROP TRIGGER objects_INSERT; DROP TRIGGER objects_DELETE; UPDATE usage SET bytes = 7;"
+            "CREATE TRIGGER object_went AFTER DELETE ON objects WHEN OLD.owner IS NOT NULL BEGIN"
+            " UPDATE usage SET bytes = bytes - OLD.size WHERE owner = OLD.owner; END;"
+            "PRAGMA user_version=1;"
+        )
+    with StorageServer(given_settings(tmp_path)) as running:
+        assert keys.list()[0].used == used > 107
+        client_of(running.url).delete_object(Bucket=BUCKET, Key="one")
+        assert keys.list()[0].used == 0
+    keys.close()
+
+
+def test_uploads_that_come_at_once_share_what_is_left_of_a_quota(
+    server: StorageServer, keys: StorageKeys
+) -> None:
+    key = keys.create("limited", BUCKET, quota=MIB)
+    assert key.secret_key
+    raw = Raw(server.url)
+
+    def head(name: str) -> bytes:
+        target = f"/{BUCKET}/{name}"
+        signed = raw.sign(
+            "PUT", target, {}, "UNSIGNED-PAYLOAD", key.secret_key or "", key.access_key
+        )
+        return raw.head("PUT", target, {**signed, "Content-Length": "700000"})
+
+    with socket.create_connection(raw.address, 30) as first:
+        first.sendall(head("first") + bytes(300_000))
+        incoming = server.settings.folder / "incoming"
+        wait_until(lambda: any(file.stat().st_size for file in incoming.iterdir()))
+        assert b"QuotaExceeded" in raw.bytes(head("second") + bytes(700_000), whole=False)
+        first.sendall(bytes(400_000))
+        assert b" 200 " in first.recv(1000)
+    assert b"QuotaExceeded" in raw.bytes(head("second") + bytes(700_000), whole=False)
 
 
 def test_many_writers_do_not_pass_a_quota_together(
     server: StorageServer, keys: StorageKeys
 ) -> None:
-    key = keys.create("limited", BUCKET, quota=500_000)
+    key = keys.create("limited", BUCKET, quota=500_100)
     codes: list[str] = []
 
     def write(number: int) -> None:
@@ -204,7 +278,7 @@ def test_many_writers_do_not_pass_a_quota_together(
     for thread in threads:
         thread.join()
     assert codes == ["QuotaExceeded"] * 4
-    assert keys.list()[0].used == 500_000
+    assert keys.list()[0].used == 5 * stored_bytes("n0", 100_000)
 
 
 PROGRAM = """
@@ -268,6 +342,49 @@ def test_a_key_that_is_revoked_while_its_upload_runs_stores_nothing(
     connection.close()
     assert code_of(client_of(server.url).get_object, Bucket=BUCKET, Key="slow") == "NoSuchKey"
     wait_until(lambda: data_files(server.settings.folder) == 0)
+
+
+def test_a_download_ends_when_its_key_is_revoked(server: StorageServer, keys: StorageKeys) -> None:
+    size = 60 * MIB
+    client_of(server.url).put_object(Bucket=BUCKET, Key="large", Body=bytes(size))
+    key = keys.create("gone", BUCKET)
+    assert key.secret_key
+    raw = Raw(server.url)
+    target = f"/{BUCKET}/large"
+    signed = raw.sign("GET", target, {}, "UNSIGNED-PAYLOAD", key.secret_key, key.access_key)
+    with socket.create_connection(raw.address, 30) as connection:
+        connection.sendall(raw.head("GET", target, signed))
+        got = len(connection.recv(1000))
+        keys.revoke("gone")
+        with contextlib.suppress(ConnectionResetError):
+            while data := connection.recv(MIB):
+                got += len(data)
+    assert got < size - MIB
+
+
+def test_a_seal_is_on_the_disk_before_anything_is_sealed_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, link = os.fsync, os.link
+
+    def noting_fsync(descriptor: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def noting_link(source: Path, target: Path) -> None:
+        done.append(f"{source} is {target}")
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "link", noting_link)
+    folder = tmp_path / "new" / "store"
+    StorageKeys(folder).close()
+    linked = next(step for step in done if step.endswith(f" is {folder / 'seal.key'}"))
+    draft = linked.partition(" is ")[0]
+    assert draft in done[: done.index(linked)]
+    assert str(folder) in done[done.index(linked) :]
+    assert {str(tmp_path), str(tmp_path / "new")} <= set(done)
 
 
 def test_keys_are_listed_without_secrets_and_sealed_on_disk(

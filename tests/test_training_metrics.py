@@ -344,6 +344,183 @@ def test_a_configuration_of_undecodable_text_is_logged_all_the_same(tmp_path: Pa
     assert points(metrics.folder, "Loss/Train") == [(1, 0.5)]
 
 
+SECRETS = {
+    "auth": "Bearer canary",
+    "api_key": "canary",
+    "hf_token": "canary",
+    "hub": {"accessToken": "canary"},
+    "token": {"value": "canary"},
+    "credentials": {"user": "canary", "pin": 1234},
+    "db_url": "postgres://user:canary@example.com/runs",
+    "headers": ["Authorization: Bearer canary"],
+    "clients": [{"name": "first", "api_key": "canary"}],
+    "nested": [[{"password": "canary"}]],
+    "passphrase": b"canary",
+    "aws_access_key_id": "canary",
+    "anything": "hf_" + "canary" * 6,
+    "client": types.SimpleNamespace(session_token="canary"),
+    "private_key": ["canary"],
+}
+
+
+def test_no_form_of_a_secret_reaches_tensorboard_or_wandb(tmp_path: Path, wandb: FakeWandb) -> None:
+    metrics = TrainingMetrics("encoder", tmp_path, use_wandb=True, config=SECRETS)
+    metrics.close(RuntimeError("401 for https://user:canary@example.com"))
+    (file,) = metrics.folder.iterdir()
+    assert b"canary" not in file.read_bytes()
+    assert b"clients.0.name" in file.read_bytes()
+    assert wandb.configs[0]["clients.0.name"] == "first"
+    assert "canary" not in repr(wandb.configs)
+    assert wandb.runs[0].summary == {"error": "RuntimeError: (hidden)"}
+
+
+def test_settings_that_only_sound_like_a_secret_are_logged() -> None:
+    config = {
+        "pad_token": "<pad>", "eosToken": "</s>", "special_tokens": {"mask": "[MASK]"},
+        "max_tokens": 512, "tokenizer": "gpt2", "author": "me", "key": "gold", "use_auth": True,
+        "token_type": "bpe", "dataset": "https://example.com/gold", "monkey": "yes",
+        "level": "basic training",
+    }  # fmt: skip
+    assert "(hidden)" not in flat_config(config).values()
+
+
+class Broken:
+    """Raises whatever is asked of it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise ValueError("no attribute")
+
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+    def __bool__(self) -> bool:
+        raise ValueError("neither")
+
+
+class HalfReadable(dict[str, object]):
+    """A mapping, one of whose values is missing, as those of OmegaConf may be."""
+
+    def __getitem__(self, key: str) -> object:
+        if key == "missing":
+            raise RuntimeError("a mandatory value is missing")
+        return super().__getitem__(key)
+
+
+def cyclic() -> dict[str, Any]:
+    """A container whose leaves cannot be counted: each level holds all of it ten times."""
+    first: dict[str, Any] = {}
+    second = {f"first {n}": first for n in range(10)}
+    first.update({f"second {n}": second for n in range(10)}, last=1)
+    return first
+
+
+def deep() -> list[Any]:
+    inner: list[Any] = []
+    for _ in range(100_000):
+        inner = [inner]
+    return inner
+
+
+ODD_CONFIGS = {
+    "a value without a text": {"broken": Broken()},
+    "a key without a text": {Broken(): 1},
+    "nothing readable": Broken(),
+    "a mapping that is missing a value": HalfReadable(missing=1),
+    "keys of any type": {1: "a", None: "b", (1, 2): "c", b"d": "d"},
+    "a huge number": {"huge": 10**5000, "negative": -(10**5000), "long": 2**70},
+    "a number beyond floats": {"huge": 10**400},
+    "not a number": {"nan": math.nan, "inf": -math.inf},
+    "a cycle": {"cyclic": cyclic()},
+    "a deep list": {"deep": deep()},
+    "a deep mapping": json.loads('{"a":' * 500 + "1" + "}" * 500),
+    "a long list": {"list": list(range(1_000_000))},
+    "many names": {str(n): n for n in range(100_000)},
+    "a long text": {"text": "x" * 10_000_000},
+}
+
+
+@pytest.mark.parametrize("kind", ODD_CONFIGS)
+def test_no_configuration_stops_a_training_or_costs_its_log(tmp_path: Path, kind: str) -> None:
+    config = ODD_CONFIGS[kind]
+    with TrainingMetrics("encoder", tmp_path, config=config) as metrics:
+        metrics.log_epoch(1, 0.5)
+    assert metrics.missing == ()
+    assert points(metrics.folder, "Loss/Train") == [(1, 0.5)]
+    (file,) = metrics.folder.iterdir()
+    assert file.stat().st_size < 1_000_000
+    json.dumps(flat_config(config), allow_nan=False)
+
+
+def test_what_can_be_read_of_an_odd_configuration_is_logged() -> None:
+    assert flat_config({"good": 1, 2: "b", "bad": Broken(), "inner": HalfReadable(missing=1, a=2)})\
+        == {"good": 1, "2": "b", "bad": "(unreadable)", "inner.missing": "(unreadable)",
+            "inner.a": 2}  # fmt: skip
+    assert flat_config({"long": 2**70}) == {"long": str(2**70)}
+    assert flat_config({"huge": 10**5000}) == {"huge": "(an integer of 16610 bits)"}
+
+
+def test_odd_arguments_stop_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, root = cast(str, Broken()), cast(str, 5)
+    with TrainingMetrics(name, root, device=Broken()) as metrics:
+        metrics.log_batch(Broken(), step=cast(int, Broken()))
+        metrics.log_epoch(1, 0.5)
+    assert metrics.missing == ("1 calls gave no number",)
+    assert points(only_run(tmp_path / "workspace/models/logs"), "Loss/Train") == [(1, 0.5)]
+    with TrainingMetrics("encoder", "no\0name") as metrics:
+        metrics.log_epoch(1, 0.5)
+    assert "TensorBoard: epochs 1: ValueError" in metrics.missing[0]
+
+
+class UnspeakableError(ValueError):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def test_an_exception_without_a_text_stops_no_training(tmp_path: Path) -> None:
+    class Value:
+        def __float__(self) -> float:
+            raise UnspeakableError
+
+    metrics = TrainingMetrics("encoder", tmp_path)
+    metrics.log_batch(Value())
+    metrics.log_epoch(1, Value())
+    metrics.close(UnspeakableError())
+    assert hparams(metrics.folder)["session_end_info"].status == 2
+
+
+def test_a_logging_filter_that_fails_stops_no_training(tmp_path: Path) -> None:
+    def fails(_record: logging.LogRecord) -> bool:
+        raise RuntimeError("a filter that fails")
+
+    training_metrics.log.addFilter(fails)
+    try:
+        with TrainingMetrics("encoder", tmp_path) as metrics:
+            metrics.log_batch("nothing")
+            metrics.log_epoch(1, math.nan, 0.5, 0.9, 0.5)
+    finally:
+        training_metrics.log.removeFilter(fails)
+    assert metrics.missing == ("1 calls gave no number",)
+
+
+@posix
+def test_a_working_directory_that_was_removed_stops_no_training(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    done = script(
+        "os.chdir('gone'); os.rmdir(os.getcwd())\n"
+        "with TrainingMetrics('lost') as metrics: metrics.log_epoch(1, 0.5)\n"
+        f"with TrainingMetrics('kept', {str(tmp_path / 'logs')!r}) as metrics:\n"
+        "    metrics.log_epoch(1, 0.5)\n"
+        "print('trained')\n",
+        tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (0, "trained\n"), done.stderr
+    assert "Missing in the metrics of lost_" in done.stderr
+    assert points(only_run(tmp_path / "logs"), "Loss/Train") == [(1, 0.5)]
+
+
 def test_a_script_gets_its_two_flags() -> None:
     parser = argparse.ArgumentParser()
     add_wandb_arguments(parser)
@@ -603,6 +780,83 @@ def test_a_sigterm_ends_the_program_in_order(tmp_path: Path, block: bool) -> Non
     assert hparams(folder)["session_end_info"].status == (2 if block else 1)
 
 
+CLOSING = """
+import signal, threading
+gate = threading.Event()
+class SlowDisk(training_metrics._TensorBoard):
+    def write(self, epochs, batches):
+        gate.wait()
+        super().write(epochs, batches)
+training_metrics._TensorBoard = SlowDisk
+def let_go():
+    time.sleep(0.5)
+    gate.set()
+metrics = TrainingMetrics('encoder', 'logs')
+other = TrainingMetrics('other', 'logs')
+for step in range(500): metrics.log_batch(step)
+signal.signal(signal.SIGALRM, lambda *_: (print('now', flush=True),
+                                          threading.Thread(target=let_go).start()))
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+metrics.close()
+print('the training went on', flush=True)
+"""
+
+
+@posix
+def test_a_sigterm_while_the_end_is_written_loses_nothing(tmp_path: Path) -> None:
+    child = start(CLOSING, tmp_path)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "now\n"
+    child.terminate()
+    said, complaints = child.communicate(timeout=60)
+    assert (child.returncode, said, complaints) == (143, "", "")
+    (folder,) = (tmp_path / "logs").glob("encoder*")
+    assert len(points(folder, "Loss/Train_Batch")) == 500
+    assert hparams(folder)["session_end_info"].status == 1
+
+
+@posix
+def test_a_signal_ends_a_program_of_several_runs_in_order(tmp_path: Path) -> None:
+    child = start(
+        "first, second = TrainingMetrics('first', 'logs'), TrainingMetrics('second', 'logs')\n"
+        "first.close()\n"
+        "for step in range(500): second.log_batch(step)\n"
+        "print('now', flush=True)\n"
+        "while True: time.sleep(0.01)\n",
+        tmp_path,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "now\n"
+    child.terminate()
+    assert child.wait(60) == 143
+    child.communicate()
+    (folder,) = (tmp_path / "logs").glob("second*")
+    assert len(points(folder, "Loss/Train_Batch")) == 500
+
+
+@posix
+@pytest.mark.parametrize("ignored", [False, True], ids=["a terminal is closed", "under nohup"])
+def test_a_closed_terminal_ends_a_training_in_order_unless_that_is_ignored(
+    tmp_path: Path, ignored: bool
+) -> None:
+    child = start(
+        f"import signal; {ignored} and signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "with TrainingMetrics('encoder', 'logs') as metrics:\n"
+        "    for step in range(500): metrics.log_batch(step)\n"
+        "    print('now', flush=True)\n"
+        "    while not os.path.exists('stop'): time.sleep(0.01)\n",
+        tmp_path,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "now\n"
+    child.send_signal(signal.SIGHUP)
+    if ignored:
+        (tmp_path / "stop").touch()
+    assert child.wait(60) == (0 if ignored else 129)
+    child.communicate()
+    assert len(points(only_run(tmp_path / "logs"), "Loss/Train_Batch")) == 500
+
+
 @posix
 def test_a_handler_for_sigterm_that_is_there_already_is_left_alone(tmp_path: Path) -> None:
     def mine(number: int, frame: object) -> None:
@@ -763,7 +1017,8 @@ def test_a_slow_disk_thins_old_batches_and_keeps_every_epoch(
     assert len(writer.backlog._batches) <= training_metrics.WAITING_POINTS
     sink.gate.set()
     writer.end(Outcome())
-    assert "batch points came faster" in writer.wait(20)
+    until = time.monotonic() + 60
+    assert "batch points came faster" in writer.wait(lambda: until)
     assert sink.epochs == list(range(0, 100_000, 100))
     assert len(sink.steps) + writer.backlog.thinned == 100_000
     assert sink.steps == sorted(sink.steps)
@@ -944,8 +1199,10 @@ class FakeWandb:
 
     faults: dict[str, Callable[[], object]] = field(default_factory=dict)
     runs: list[FakeRun] = field(default_factory=list)
+    configs: list[Any] = field(default_factory=list)
 
-    def init(self, mode: str | None = None, **more: object) -> FakeRun:
+    def init(self, mode: str | None = None, config: object = None, **more: object) -> FakeRun:
+        self.configs.append(config)
         self.faults.get(f"init {mode or 'online'}", lambda: None)()
         self.runs.append(FakeRun(mode, self.faults))
         return self.runs[-1]
@@ -1054,6 +1311,27 @@ def test_a_wandb_that_hangs_at_the_end_does_not_hold_the_program(
     gate.set()
     (missing,) = metrics.missing
     assert missing.startswith("W&B: the end of the run: it was not done")
+
+
+def test_a_wandb_that_exits_while_it_logs_is_tried_again_and_said(
+    tmp_path: Path, wandb: FakeWandb
+) -> None:
+    wandb.faults["log"] = sys.exit
+    with TrainingMetrics("encoder", tmp_path, use_wandb=True) as metrics:
+        metrics.log_epoch(1, 0.5)
+    assert metrics.missing == ("W&B: epochs 1: SystemExit",)
+
+
+def test_where_no_thread_can_be_started_the_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuses)
+    with TrainingMetrics("encoder", tmp_path) as metrics:
+        metrics.log_epoch(1, 0.5)
+    assert metrics.missing == ("TensorBoard: everything: RuntimeError: can't start new thread",)
 
 
 def test_wandb_gets_few_batches_and_tensorboard_all(tmp_path: Path, wandb: FakeWandb) -> None:

@@ -7,16 +7,18 @@ import hashlib
 import http.server
 import os
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import ssh_tunnel
 from cloud_services import AccessError, ConnectError, HostKeyError, UsageError
 from cloud_settings import SSHSettings
 from ssh_tunnel import Tunnel, open_listener
-from tests.servers import SSHServer, free_port, wait_until
+from tests.servers import LOOPBACK, SSHServer, free_port, wait_until
 
 
 @pytest.fixture
@@ -39,6 +41,7 @@ class Echo:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.guests = 0
+        self.present = 0
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -48,13 +51,61 @@ class Echo:
                 self.guests += 1
                 threading.Thread(target=self._answer, args=(guest,), daemon=True).start()
 
-    @staticmethod
-    def _answer(guest: socket.socket) -> None:
+    def _answer(self, guest: socket.socket) -> None:
+        self.present += 1
         with guest, contextlib.suppress(OSError):
             while data := guest.recv(65536):
                 guest.sendall(data.upper())
+        self.present -= 1
 
     def close(self) -> None:
+        self._listener.close()
+
+
+class Link:
+    """A way to a port of this machine that can be cut, and let through again."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server((LOOPBACK, 0))
+        self.port = int(self._listener.getsockname()[1])
+        self._open = True
+        self._ends: list[socket.socket] = []
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                guest, _ = self._listener.accept()
+                if not self._open:
+                    guest.close()
+                    continue
+                server = socket.create_connection((LOOPBACK, self._target))
+                self._ends += [guest, server]
+                for one, other in ((guest, server), (server, guest)):
+                    threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _pass_on(one: socket.socket, other: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+        for end in (one, other):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        """End what goes through it, and let nothing through."""
+        self._open = False
+        for end in self._ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self._open = True
+
+    def close(self) -> None:
+        self.cut()
         self._listener.close()
 
 
@@ -182,6 +233,77 @@ def test_a_taken_port_is_refused_or_the_next_one_is_used() -> None:
 def test_a_port_that_needs_more_rights_is_refused() -> None:
     with pytest.raises(AccessError):
         open_listener(80)
+
+
+def test_a_client_that_resets_its_connection_leaves_nothing_behind(
+    server: SSHServer, echo: Echo
+) -> None:
+    with Tunnel(settings(server), echo.port, open_listener(0)) as tunnel:
+        link = socket.create_connection((LOOPBACK, tunnel.local_port), 10)
+        link.sendall(b"x")
+        assert link.recv(1) == b"X"
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        link.close()
+        assert wait_until(lambda: echo.guests == 1 and echo.present == 0, 20)
+        assert exchange(tunnel.local_port, b"and on") == b"AND ON"
+
+
+def test_a_tunnel_that_nobody_listens_to_ends(server: SSHServer, echo: Echo) -> None:
+    def broken(_text: str) -> None:
+        raise BrokenPipeError
+
+    with Tunnel(settings(server), echo.port, open_listener(0), told=broken) as tunnel:
+        assert tunnel.wait(0.1)
+        server.kill_sessions()
+        assert wait_until(lambda: not tunnel.wait(0.1), 20)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh_tunnel, "RECONNECT_PAUSES", (0.1,))
+    monkeypatch.setattr(ssh_tunnel, "LOGIN_PAUSES", (0.2, 0.2, 0.2))
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_login_that_is_refused_while_the_server_starts_is_tried_again(
+    server: SSHServer, echo: Echo
+) -> None:
+    told: list[str] = []
+    with Tunnel(settings(server), echo.port, open_listener(0), told=told.append) as tunnel:
+        known = server.authorized_keys.read_text()
+        server.authorized_keys.write_text("")
+        server.kill_sessions()
+        assert wait_until(lambda: any("refuses the login" in line for line in told), 30)
+        server.authorized_keys.write_text(known)
+        assert wait_until(lambda: "again" in told[-1] and "connected" in told[-1], 30), told
+        assert exchange(tunnel.local_port, b"in") == b"IN"
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_login_that_stays_refused_ends_the_tunnel(server: SSHServer, echo: Echo) -> None:
+    with Tunnel(settings(server), echo.port, open_listener(0), told=lambda _: None) as tunnel:
+        server.authorized_keys.write_text("")
+        server.kill_sessions()
+        with pytest.raises(AccessError, match="refuses the login"):
+            until_it_fails(tunnel)
+
+
+def test_an_unknown_failure_of_the_tunnel_is_loud(
+    server: SSHServer, echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Tunnel(settings(server), echo.port, open_listener(0), told=lambda _: None) as tunnel:
+        monkeypatch.setattr(ssh_tunnel, "SSHConnection", None)
+        server.kill_sessions()
+        with pytest.raises(TypeError):
+            until_it_fails(tunnel)
+
+
+def test_a_listener_is_where_it_was_asked_to_be() -> None:
+    with open_listener(0, host="0.0.0.0") as everywhere:  # noqa: S104
+        assert everywhere.getsockname()[0] == "0.0.0.0"  # noqa: S104
+    for host in ("203.0.113.7", "no such host", "host.invalid"):
+        with pytest.raises(UsageError, match="is no address of this machine"):
+            open_listener(0, host=host)
 
 
 def test_closing_ends_what_goes_through(server: SSHServer, echo: Echo) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud_services import AccessError, NotFoundError
+import wandb_runs
+from cloud_services import AccessError, NotFoundError, main
 from tests.conftest import needs
 from tests.servers import wait_until
 from wandb_runs import OfflineRun, find_runs, has_exit, send_run, wandb_program
@@ -127,6 +130,44 @@ def test_a_run_that_was_taken_is_sent_and_not_sent_again(finished: OfflineRun) -
     taken = stand_in('touch "$2/$(basename "$2"/run-*.wandb).synced"; echo taken')
     assert send_run(finished, taken)
     assert find_runs(["wandb"])[0].state == "sent"
+
+
+def test_wandb_sync_shows_the_states_after_it_has_sent(
+    finished: OfflineRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = stand_in('touch "$2/$(basename "$2"/run-*.wandb).synced"; echo taken')
+    monkeypatch.setattr(wandb_runs, "wandb_program", lambda: taken)
+    assert main(["wandb-sync", "wandb"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^sent +wandb/offline-run-", said, re.MULTILINE)
+    assert "finished" not in said
+    assert main(["wandb-sync", "wandb", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["state"] == "sent"
+
+
+def test_settings_of_wandb_in_dotenv_reach_its_program_and_no_others(
+    finished: OfflineRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(".env").write_text(
+        "WANDB_API_KEY=from-dotenv\nWANDB_ENTITY=team\nWANDB_MODE=offline\nHF_TOKEN=other\n"
+    )
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_ENTITY", "mine")
+    program = stand_in('env > seen; echo "$@" > words; exit 1')
+    assert not send_run(finished, program)
+    seen = Path("seen").read_text().splitlines()
+    assert "WANDB_API_KEY=from-dotenv" in seen
+    assert "WANDB_ENTITY=mine" in seen
+    assert not [line for line in seen if line.startswith(("WANDB_MODE=", "HF_TOKEN="))]
+    assert "from-dotenv" not in Path("words").read_text()
+
+
+def test_a_folder_that_begins_with_a_dash_is_no_option(finished: OfflineRun) -> None:
+    Path("-x").mkdir()
+    finished.folder.rename(Path("-x") / finished.folder.name)
+    [moved] = find_runs(["-x"])
+    send_run(moved, stand_in('echo "$2" > words; exit 1'))
+    assert Path("words").read_text().startswith("/")
 
 
 @pytest.mark.parametrize("script", ["echo no network >&2; exit 1", "echo done"])
