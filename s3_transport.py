@@ -125,7 +125,7 @@ MEDIUM_LANES = 3, 32
 """The same for many objects of up to one part, either way."""
 
 SMALL_BYTES = 256 * KIB
-SMALL_AHEAD = 4, 32
+SMALL_AHEAD = 16, 32
 """The same for objects up to this size.
 
 A thread sends requests ahead, over a connection each, while the server works on those before:
@@ -687,9 +687,9 @@ def _text(document: bytes, name: str) -> str:
     return next(iter(_texts(document, name)), "")
 
 
-def _seconds(document: bytes, name: str) -> float | None:
-    """The time in that element, in seconds since 1970; None: there is none."""
-    match = re.fullmatch(r"([\dT:-]{19})(\.\d+)?(Z|[+-]\d\d:?\d\d)?", _text(document, name))
+def _seconds(text: str) -> float | None:
+    """A time of S3's in seconds since 1970; None: it is none."""
+    match = re.fullmatch(r"([\dT:-]{19})(\.\d+)?(Z|[+-]\d\d:?\d\d)?", text)
     if not match or match[3] not in (None, "Z", "+00:00", "+0000"):
         return None
     with contextlib.suppress(ValueError):
@@ -1391,7 +1391,7 @@ class _Upload:
         return [
             _text(one, "UploadId") for one in found
             if _text(one, "Key") == self._key
-            and not since - WEEK_SECONDS < (_seconds(one, "Initiated") or since) < since
+            and not since - WEEK_SECONDS < (_seconds(_text(one, "Initiated")) or since) < since
         ]  # fmt: skip
 
     def send(self, file: _LocalFile, part_bytes: int, advance: Advance) -> Stored:
@@ -1641,21 +1641,31 @@ class Bucket:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """The objects whose keys start with `prefix`, page by page; our own notes are left out."""
-        token = ""
-        while True:
-            page = self._server.ask(list_request(prefix, token), "ListBucketResult")
+        for page in self._pages(prefix):
             encoded = _text(page, "EncodingType") == "url"
             for entry in re.findall(rb"<Contents>.*?</Contents>", page, re.DOTALL):
                 info = _listed(entry, encoded)
                 if f"/{HIDDEN_FOLDER}/" not in f"/{info.key}":
                     yield info
+
+    def _pages(self, prefix: str) -> Iterator[bytes]:
+        """The pages of a listing; the next one is on its way while one is read."""
+        token, page = "", self._page(prefix, "")
+        while True:
             before, token = token, _text(page, "NextContinuationToken")
             if _text(page, "IsTruncated") == "true" and token in ("", before):
                 raise TransferError(
                     f"{self._server.access.endpoint} lists only a part of {self.name}"
                 )
             if not token:
+                yield page
                 return
+            following = in_background(functools.partial(self._page, prefix, token))
+            yield page
+            page = following.result()
+
+    def _page(self, prefix: str, token: str) -> bytes:
+        return self._server.ask(list_request(prefix, token), "ListBucketResult")
 
     def head(self, key: str) -> ObjectHead:
         """All that is known of an object. Raises NotFoundError when there is none."""
@@ -2097,12 +2107,19 @@ def list_request(prefix: str, token: str = "", most: int = 0) -> S3Request:
     return S3Request("GET", "", query=query)
 
 
+LISTED_FIELD = re.compile(rb"<(Key|Size|LastModified|ETag)>([^<]*)</")
+
+
 def _listed(entry: bytes, encoded: bool) -> ObjectInfo:
     """One object of a listing."""
-    key, changed = _text(entry, "Key"), _seconds(entry, "LastModified")
-    size, etag = _text(entry, "Size"), _text(entry, "ETag").strip('"')
-    if key and changed is not None and size.isdecimal():
-        return ObjectInfo(unquote_plus(key) if encoded else key, int(size), etag, changed)
+    found = {
+        name: html.unescape(text.decode("utf-8", "replace"))
+        for name, text in LISTED_FIELD.findall(entry)
+    }
+    key, size, changed = found.get(b"Key"), found.get(b"Size", ""), found.get(b"LastModified", "")
+    if key and size.isdecimal() and (mtime := _seconds(changed)) is not None:
+        etag = found.get(b"ETag", "").strip('"')
+        return ObjectInfo(unquote_plus(key) if encoded else key, int(size), etag, mtime)
     raise TransferError(f"the listing makes no sense: {printable(entry[:200])}", SAME_COMMAND)
 
 
