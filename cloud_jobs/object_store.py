@@ -96,26 +96,19 @@ _SIZES = {
 
 
 _TRIGGER = """
-DROP TRIGGER IF EXISTS {table}_{event};
 CREATE TRIGGER {table}_{event} AFTER {event} ON {table} WHEN {row}.owner IS NOT NULL BEGIN
     INSERT INTO usage VALUES ({row}.owner, {sign}({size}))
         ON CONFLICT (owner) DO UPDATE SET bytes = bytes + excluded.bytes;
 END;
 """
-_OWNED = "SELECT owner, {size} AS size FROM {table} WHERE owner IS NOT NULL"
-_SUM = "INSERT INTO usage SELECT owner, sum(size) FROM ({owned}) GROUP BY owner;"
-_FORMER_TRIGGERS = ("object_came", "object_went", "part_came", "part_went")
 
 
-def _counting() -> str:
-    """Triggers that keep `usage`, and its values as they are now."""
-    steps = [f"DROP TRIGGER IF EXISTS {name};" for name in _FORMER_TRIGGERS]
+def _counting() -> Iterator[str]:
+    """Triggers that keep `usage`."""
     for table, size in _SIZES.items():
         for event, row, sign in (("INSERT", "NEW", "+"), ("DELETE", "OLD", "-")):
             words = {"table": table, "event": event, "row": row, "sign": sign}
-            steps.append(_TRIGGER.format(**words, size=size.format(row=row)))
-    owned = (_OWNED.format(size=s.format(row=table), table=table) for table, s in _SIZES.items())
-    return "".join([*steps, "DELETE FROM usage;", _SUM.format(owned=" UNION ALL ".join(owned))])
+            yield _TRIGGER.format(**words, size=size.format(row=row))
 
 
 _OBJECT = "id, bucket, key, size, etag, modified, headers, checksum, parts, upload, owner"
@@ -728,12 +721,15 @@ def _prepare_index(database: sqlite3.Connection, path: Path, fsync: bool) -> Non
     database.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
     database.execute("PRAGMA cache_size=-16000")
     version = database.execute("PRAGMA user_version").fetchone()[0]
-    if version > SCHEMA_VERSION:
-        raise AccessError(f"{printable(path)} was written by a newer version", "update: git pull")
-    if version < SCHEMA_VERSION:
-        made = _TABLES if version == 0 else ""
+    if version not in (0, SCHEMA_VERSION):
+        raise AccessError(
+            f"{printable(path)} was written by another version",
+            "update: git pull, or name another --storage-dir",
+        )
+    if version == 0:
+        tables = "".join([_TABLES, *_counting()])
         database.executescript(
-            f"BEGIN IMMEDIATE; {made} {_counting()} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
+            f"BEGIN IMMEDIATE; {tables} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
         )
 
 

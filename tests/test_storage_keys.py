@@ -8,7 +8,6 @@ import http.client
 import json
 import os
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -211,28 +210,6 @@ def test_a_quota_counts_keys_and_metadata_too(server: StorageServer, keys: Stora
     assert keys.list()[0].used == used
     client_of(server.url).delete_object(Bucket=BUCKET, Key="one")
     assert keys.list()[0].used == 0
-
-
-def test_a_store_of_before_counts_metadata_from_its_next_start_on(tmp_path: Path) -> None:
-    keys = StorageKeys(tmp_path)
-    made = keys.create("limited", BUCKET, quota=MIB)
-    with StorageServer(given_settings(tmp_path)) as running:
-        client_of(running.url).create_bucket(Bucket=BUCKET)
-        client = client_with(running, made)
-        client.put_object(Bucket=BUCKET, Key="one", Body=b"content", Metadata={"a": "b" * 100})
-        used = keys.list()[0].used
-    with contextlib.closing(sqlite3.connect(tmp_path / "index.db")) as database:
-        database.executescript(
-            "DROP TRIGGER objects_INSERT; DROP TRIGGER objects_DELETE; UPDATE usage SET bytes = 7;"
-            "CREATE TRIGGER object_went AFTER DELETE ON objects WHEN OLD.owner IS NOT NULL BEGIN"
-            " UPDATE usage SET bytes = bytes - OLD.size WHERE owner = OLD.owner; END;"
-            "PRAGMA user_version=1;"
-        )
-    with StorageServer(given_settings(tmp_path)) as running:
-        assert keys.list()[0].used == used > 107
-        client_of(running.url).delete_object(Bucket=BUCKET, Key="one")
-        assert keys.list()[0].used == 0
-    keys.close()
 
 
 def test_uploads_that_come_at_once_share_what_is_left_of_a_quota(
