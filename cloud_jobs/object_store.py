@@ -719,7 +719,7 @@ def _prepare_index(database: sqlite3.Connection, path: Path, fsync: bool) -> Non
     database.execute("PRAGMA journal_mode=WAL")
     database.execute(f"PRAGMA synchronous={'FULL' if fsync else 'NORMAL'}")
     database.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
-    database.execute("PRAGMA cache_size=-16000")
+    database.execute("PRAGMA cache_size=-6000")
     version = database.execute("PRAGMA user_version").fetchone()[0]
     if version not in (0, SCHEMA_VERSION):
         raise AccessError(
