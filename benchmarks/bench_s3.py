@@ -189,7 +189,7 @@ def _checkpoints(bench: Bench, server: RcloneServer) -> None:
                 for file in (named, folder / "last.ckpt"):
                     side.ours("s3-upload-checkpoint", prefix, file)
             sent[name] = proxy.up / MEGABYTE
-    target = Target(at_most=0.501)  # half of the content, and the words around it
+    target = Target(at_most=0.5)
     ratio = target.ratio(sent["ours"], sent["aws"])
     met = bench.judge(target, ratio)
     what = "a checkpoint and its last.ckpt against aws s3 sync, bytes sent"
