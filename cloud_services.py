@@ -1476,13 +1476,13 @@ def _write_members(
 
 if TYPE_CHECKING:
     from cloud_settings import SSHSettings
-    from transfers import Fetcher, FileInfo, Moved, Sender, Source, Store
+    from transfers import Fetcher, FileInfo, Moved, Purpose, Sender, Source, Store
 
 SATELLITES = (
     "cloud_settings", "transfers", "ssh_transport", "hash_cache", "hf_transport", "hub_sync",
     "hub_cards", "s3_wire", "s3_transport", "s3_mirror", "s3_checkpoints", "s3_results",
-    "docker_images", "metrics_commands", "metrics_runs", "ssh_tunnel", "tensorboard_views",
-    "wandb_runs", "cloud_jobs",
+    "docker_images", "metrics_commands", "metrics_runs", "ssh_tunnel", "ssh_wire",
+    "tensorboard_views", "wandb_runs", "cloud_jobs",
 )  # fmt: skip
 """Modules beside this one, imported by the methods that need them."""
 
@@ -1579,10 +1579,10 @@ class _Paperspace:
 
     list_files = list_paperspace_files
 
-    def _session(self, method: str) -> contextlib.closing[_Session]:
+    def _session(self, method: str, purpose: Purpose = "look") -> contextlib.closing[_Session]:
         from transfers import open_store
 
-        return contextlib.closing(_Session(lambda: open_store(self.settings, method)))
+        return contextlib.closing(_Session(lambda: open_store(self.settings, method, purpose)))
 
     @staticmethod
     def _remote_path(path: str, method: str) -> str:
@@ -1646,7 +1646,7 @@ class PaperspaceUploader(_Paperspace):
         with contextlib.ExitStack() as stack:
             source = self._source(archive, method, stack)
             target = self._target(archive, method)
-            session = stack.enter_context(self._session(method))
+            session = stack.enter_context(self._session(method, "send"))
             send, _ = movers(method)
             moved = session.run(lambda store: self._upload(store, source, target, send, extract))
             if extract:
@@ -1668,7 +1668,10 @@ class PaperspaceUploader(_Paperspace):
         from transfers import FileSource, PackSource
 
         if not isinstance(archive, Plan):
-            return FileSource(Path(archive))
+            file_source = FileSource(Path(archive))
+            if method == "scp":
+                file_source.hash_ahead(stack)  # while the connection is made
+            return file_source
         if method != "rsync":
             return PackSource(archive, "training_data")
         if shutil.which("rsync") is None:
@@ -1754,7 +1757,7 @@ class PaperspaceDownloader(_Paperspace):
         _, fetch = movers(method)
         files: list[TransferResult] = []
         failures: list[str] = []
-        with self._session(method) as session:
+        with self._session(method, "receive") as session:
             matches = session.run(lambda store: self._matches(store, where, newest))
             _require_own_names(matches)
             for match in matches:

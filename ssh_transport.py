@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import glob
-import importlib
+import importlib.util
 import io
 import logging
 import os
@@ -23,6 +23,7 @@ import socket
 import stat
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -35,7 +36,6 @@ from cloud_services import (
     CONNECT_SECONDS,
     KIB,
     MIB,
-    REKEY_BYTES,
     SAME_COMMAND,
     SEGMENT_BYTES,
     SFTP_REQUEST_BYTES,
@@ -71,6 +71,7 @@ from transfers import (
     Lane,
     Moved,
     NoMoreSessionsError,
+    Purpose,
     ReadBack,
     Segment,
     Sink,
@@ -100,52 +101,17 @@ class Completed(NamedTuple):
     errors: str
 
 
-class _LiveSocket:
-    """A socket that reads ahead, to halve the system calls, and knows when it last heard."""
+def load_paramiko() -> Any:
+    """The package; of what it imports, invoke waits until a `Match exec` of ~/.ssh/config needs it.
 
-    def __init__(self, sock: Any) -> None:
-        self._sock = sock
-        self._ahead = memoryview(b"")
-        self.last_heard = time.monotonic()
-
-    def recv(self, count: int) -> bytes:
-        if not self._ahead:
-            self._ahead = memoryview(self._sock.recv(256 * KIB))
-            self.last_heard = time.monotonic()
-        data, self._ahead = self._ahead[:count], self._ahead[count:]
-        return bytes(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-
-class _ChunkPipe:
-    """Stands in for paramiko's BufferedPipe in a channel: hands chunks on as they are, uncopied.
-
-    The original appends to one array and moves all that is left at each read.
+    It takes longer than all the rest.
     """
-
-    def __init__(self) -> None:
-        self._chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-
-    def feed(self, data: bytes) -> None:
-        self._chunks.put(data)
-
-    def read(self, count: int, timeout: float | None = None) -> bytes:
-        """The next chunk, whatever its size; empty at the end. Raises as the original does."""
-        try:
-            chunk = self._chunks.get(timeout=timeout)
-        except queue.Empty as error:
-            raise importlib.import_module("paramiko.buffered_pipe").PipeTimeout from error
-        if not chunk:
-            self.close()  # the end stays the end
-        return chunk
-
-    def read_ready(self) -> bool:
-        return not self._chunks.empty()
-
-    def close(self) -> None:
-        self._chunks.put(b"")
+    spec = None if "invoke" in sys.modules else importlib.util.find_spec("invoke")
+    if spec and spec.loader:
+        loader = spec.loader = importlib.util.LazyLoader(spec.loader)
+        sys.modules["invoke"] = importlib.util.module_from_spec(spec)
+        loader.exec_module(sys.modules["invoke"])
+    return need("paramiko")
 
 
 class SSHConnection:
@@ -156,7 +122,7 @@ class SSHConnection:
     """
 
     def __init__(self, settings: SSHSettings, jump: SSHConnection | None = None) -> None:
-        self.paramiko: Any = need("paramiko")
+        self.paramiko: Any = load_paramiko()
         logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # its failures reach us as errors
         self.settings = settings
         self.config = ssh_config(settings.host)
@@ -309,11 +275,13 @@ class SSHConnection:
             return self._connect(passphrase)
 
     def _connect(self, passphrase: str | None) -> paramiko.SSHClient:
+        from ssh_wire import LiveSocket
+
         self._end_proxy()  # of a login without the passphrase
         client: paramiko.SSHClient = self.paramiko.SSHClient()
         self._host_keys = KnownHosts(self)
         client.set_missing_host_key_policy(self._host_keys)  # type: ignore[arg-type]
-        self._sock = _LiveSocket(self._open_socket())
+        self._sock = LiveSocket(self._open_socket())
         try:
             client.connect(
                 self.hostname, self.port, self.user, key_filename=self.identities(),  # type: ignore[arg-type]  # a list is fine
@@ -327,12 +295,10 @@ class SSHConnection:
         return client
 
     def _make_transport(self, sock: Any, **options: Any) -> paramiko.Transport:
-        # The default of 512 MB would mean hundreds of key exchanges in one big upload.
-        packetizer = type(
-            "Packetizer", (self.paramiko.packet.Packetizer,), {"REKEY_BYTES": REKEY_BYTES}
-        )
+        from ssh_wire import BulkPacketizer
+
         transport: paramiko.Transport = self.paramiko.Transport(
-            sock, packetizer_class=packetizer, **options
+            sock, packetizer_class=BulkPacketizer, **options
         )
         security = transport.get_security_options()
         fast = [cipher for cipher in security.ciphers if "gcm" in cipher]
@@ -422,11 +388,11 @@ class SSHConnection:
             if silent > patience / 4:
                 threading.Thread(target=self._ping, daemon=True).start()
 
+    @property
     def round_trip(self) -> float:
-        """Seconds from a request to its answer."""
-        started = time.monotonic()
-        self._ping()
-        return time.monotonic() - started
+        """Seconds from a request to its answer, as measured at the login."""
+        packetizer: Any = self.transport.packetizer
+        return float(packetizer.round_trip)
 
     def _ping(self) -> None:
         with contextlib.suppress(Exception):  # a link that cannot be asked is found by its silence
@@ -540,7 +506,7 @@ def _login(connection: SSHConnection) -> str:
 
 def ssh_config(host: str) -> dict[str, Any]:
     """What ~/.ssh/config and the system's ssh_config say about `host`, Include lines followed."""
-    paramiko = need("paramiko")
+    paramiko = load_paramiko()
     files = (os.path.expanduser("~/.ssh/config"), "/etc/ssh/ssh_config")
     text = "\n".join(line for file in files for line in _config_lines(file))
     try:
@@ -883,11 +849,8 @@ NEAR_SECONDS = 0.005
 class SFTPStore(SSHStore):
     """A server with the SFTP subsystem: ranges, several channels, no command needed."""
 
-    def __init__(self, connection: SSHConnection) -> None:
-        channel = connection.open_session(connection.settings.timeout, _SFTPChannel.WINDOW_BYTES)
-        round_trip = in_background(connection.round_trip)  # measured while the subsystem starts
-        self._control = _SFTPChannel(connection, channel)
-        near = round_trip.result() < NEAR_SECONDS
+    def __init__(self, connection: SSHConnection, purpose: Purpose = "look") -> None:
+        near = connection.round_trip < NEAR_SECONDS
         if near:  # little memory stays in the processor's cache
             connection.most_waiting = 2 * SEGMENT_BYTES
         # Going there, sshd's window of 2 MiB a channel is the limit; coming back, ours is larger.
@@ -896,6 +859,15 @@ class SFTPStore(SSHStore):
         self._standby: list[Future[_SFTPChannel]] = []
         self._lock = threading.Lock()
         connection.make_room = self._give_up_a_lane
+        channel = connection.open_session(connection.settings.timeout, _SFTPChannel.WINDOW_BYTES)
+        if purpose != "look":
+            self.get_ready(self.send_lanes if purpose == "send" else self.receive_lanes)
+        try:
+            self._control = _SFTPChannel(connection, channel)
+        except BaseException:
+            while self._standby:
+                self._give_up_a_lane()
+            raise
 
     @property
     def control(self) -> _SFTPChannel:
@@ -914,7 +886,7 @@ class SFTPStore(SSHStore):
 
     def _give_up_a_lane(self) -> None:
         while self._standby:
-            with contextlib.suppress(NoMoreSessionsError, IndexError):
+            with contextlib.suppress(CloudError, IndexError):
                 self._standby.pop().result().close()
                 break
 
@@ -936,10 +908,26 @@ class SFTPStore(SSHStore):
         self._control_is_free = True
 
     def infos(self, *paths: str) -> list[FileInfo | None]:
+        for path in paths:
+            self.control.request(SFTP.STAT, self.control.string(path))
+        return self._found(paths)
+
+    def survey(self, folder: str, *paths: str) -> tuple[list[FileInfo | None], int | None]:
         control = self.control
-        requests = [control.request(SFTP.STAT, control.string(path)) for path in paths]
+        for path in (folder, *paths):
+            control.request(SFTP.STAT, control.string(path))
+        knows_space = self._request_space(folder)
+        found, free = self._found((folder, *paths)), None
+        if knows_space:
+            kind, answer = control.answer()
+            free = self._free(answer) if kind == SFTP.EXTENDED_REPLY else None
+        return found, free
+
+    def _found(self, paths: Iterable[str]) -> list[FileInfo | None]:
+        """The answers to requests about `paths`."""
+        control = self.control
         found: list[FileInfo | None] = []
-        for path, _ in zip(paths, requests, strict=True):
+        for path in paths:
             kind, answer = control.answer()
             if kind == SFTP.STATUS and answer.status() == SFTP.NO_SUCH_FILE:
                 found.append(None)
@@ -988,13 +976,24 @@ class SFTPStore(SSHStore):
             )
 
     def free_bytes(self, folder: str) -> int | None:
+        if not self._request_space(folder):
+            return None
+        kind, answer = self.control.answer()
+        return self._free(self.control.expect(SFTP.EXTENDED_REPLY, kind, answer, folder))
+
+    def _request_space(self, folder: str) -> bool:
+        """Ask for the free space, if the server can tell it."""
         control = self.control
         if b"statvfs@openssh.com" not in control.extensions:
-            return None
-        request = control.string("statvfs@openssh.com") + control.string(folder)
-        _, unit, _, _, free, *_ = control.ask(
-            SFTP.EXTENDED, request, SFTP.EXTENDED_REPLY, folder
-        ).longs(11)
+            return False
+        control.request(
+            SFTP.EXTENDED, control.string("statvfs@openssh.com"), control.string(folder)
+        )
+        return True
+
+    @staticmethod
+    def _free(answer: _Answer) -> int:
+        _, unit, _, _, free, *_ = answer.longs(11)
         return unit * free
 
     def truncate(self, path: str, size: int) -> None:
@@ -1075,14 +1074,17 @@ class _SFTPChannel:
     """
 
     WINDOW_BYTES = 32 * MIB
-    SSH_PACKET_BYTES = 32 * KIB - 64
 
     def __init__(self, connection: SSHConnection, channel: paramiko.Channel | None = None) -> None:
+        from ssh_wire import ChunkPipe, send_some
+
         self.connection = connection
+        self._send_some = send_some
+        self._unwanted: set[int] = set()  # requests whose answers nobody waits for
         self._channel = channel or connection.open_session(
             connection.settings.timeout, self.WINDOW_BYTES
         )
-        self._channel.in_buffer = _ChunkPipe()  # type: ignore[assignment]
+        self._channel.in_buffer = ChunkPipe()  # type: ignore[assignment]
         self._received = memoryview(b"")
         self._last_id = 0
         self.closed = False
@@ -1103,7 +1105,7 @@ class _SFTPChannel:
         """What the server says of itself, its extensions among it."""
         name = self.connection.name
         try:
-            length, kind = self.header()
+            length, kind, _ = self.header()
         except LinkLostError as error:
             if not self.connection.transport.is_active():
                 raise
@@ -1117,16 +1119,17 @@ class _SFTPChannel:
         data = os.fsencode(text)
         return struct.pack(">I", len(data)) + data
 
-    def request(self, kind: int, payload: bytes) -> int:
+    def request(self, kind: int, *payload: bytes | memoryview) -> int:
         """Send a request and return its number, without waiting."""
         self._last_id = (self._last_id + 1) & 0xFFFFFFFF
-        self._send(struct.pack(">IBI", len(payload) + 5, kind, self._last_id) + payload)
+        length = sum(map(len, payload)) + 5
+        self._send(struct.pack(">IBI", length, kind, self._last_id), *payload)
         return self._last_id
 
     def answer(self) -> tuple[int, _Answer]:
         """The next packet: its kind, and what follows the request's number."""
-        length, kind = self.header()
-        return kind, _Answer(self.read(length)[4:])
+        length, kind, _ = self.header()
+        return kind, _Answer(self.read(length))
 
     def ask(self, kind: int, payload: bytes, expected: int, path: str) -> _Answer:
         """A request about `path` that is answered before anything else happens."""
@@ -1155,10 +1158,18 @@ class _SFTPChannel:
             )
         return TransferError(f"{shown}: the server answers: {text}", SAME_COMMAND)
 
-    def header(self) -> tuple[int, int]:
-        """Length of the rest, and kind, of the next packet."""
-        length, kind = struct.unpack(">IB", self.read(5))
-        return length - 1, kind
+    def forget(self, kind: int, payload: bytes) -> None:
+        """Send a request whose answer changes nothing."""
+        self._unwanted.add(self.request(kind, payload))
+
+    def header(self) -> tuple[int, int, int]:
+        """Length of the rest, kind, and number of the request of the next packet."""
+        while True:
+            length, kind, request = struct.unpack(">IBI", self.read(9))
+            if request not in self._unwanted:
+                return length - 5, kind, request
+            self._unwanted.remove(request)
+            self.read(length - 5)
 
     def number(self) -> int:
         """A 32-bit number of the packet that is being read."""
@@ -1186,11 +1197,11 @@ class _SFTPChannel:
         with contextlib.suppress(Exception):
             self._channel.close()
 
-    def _send(self, packet: bytes) -> None:
+    def _send(self, *packet: bytes | memoryview) -> None:
+        rest = memoryview(b"".join(packet))
         with ssh_errors(self.connection):
-            # Cut here to what one SSH packet takes: paramiko would copy the rest at each cut.
-            for start in range(0, len(packet), self.SSH_PACKET_BYTES):
-                self._channel.sendall(packet[start : start + self.SSH_PACKET_BYTES])
+            while rest:
+                rest = rest[self._send_some(self._channel, rest) :]
 
     def read(self, count: int) -> bytes:
         """Exactly `count` bytes of the packet that is being read."""
@@ -1239,12 +1250,11 @@ class _SFTPLane:
         for number, data in segments:
             unconfirmed[number] = len(data)
             for start in range(0, len(data), sftp.step):
-                block = data[start : start + sftp.step]
+                block = memoryview(data)[start : start + sftp.step]
                 self._limiter.take(len(block))
                 head = struct.pack(">QI", number * SEGMENT_BYTES + start, len(block))
-                waiting[sftp.request(SFTP.WRITE, self._handle + head + block)] = Span(
-                    number, len(block)
-                )
+                request = sftp.request(SFTP.WRITE, self._handle, head, block)
+                waiting[request] = Span(number, len(block))
                 while sftp.has_answers() or sum(unconfirmed.values()) > self._most_waiting:
                     self._confirm(waiting, unconfirmed, arrived, advance)
         while waiting:
@@ -1256,9 +1266,8 @@ class _SFTPLane:
         arrived: Callable[[int], None], advance: Advance,
     ) -> None:  # fmt: skip
         """Take one answer to a write."""
-        length, kind = self._sftp.header()
-        request = self._sftp.number()
-        answer = _Answer(self._sftp.read(length - 4))
+        length, kind, request = self._sftp.header()
+        answer = _Answer(self._sftp.read(length))
         self._sftp.expect(SFTP.STATUS, kind, answer, self._path)
         number, count = waiting.pop(request)
         advance(count)
@@ -1297,10 +1306,10 @@ class _SFTPLane:
     ) -> tuple[int, int]:
         """Pass one answer to a read on to `sink`; ask again for what a short answer left out."""
         sftp = self._sftp
-        rest, kind = sftp.header()
-        offset, wanted = requests.pop(sftp.number())
+        rest, kind, request = sftp.header()
+        offset, wanted = requests.pop(request)
         if kind != SFTP.DATA:
-            sftp.expect(SFTP.DATA, kind, _Answer(sftp.read(rest - 4)), self._path)
+            sftp.expect(SFTP.DATA, kind, _Answer(sftp.read(rest)), self._path)
         length = sftp.number()
         if not 0 < length <= wanted:
             raise TransferError(
@@ -1318,7 +1327,7 @@ class _SFTPLane:
         if self._give_back is None or not self._idle:
             self._sftp.close()
         else:
-            self._sftp.ask(SFTP.CLOSE, self._handle, SFTP.STATUS, self._path)
+            self._sftp.forget(SFTP.CLOSE, self._handle)
         if self._give_back is not None:
             self._give_back()
 
@@ -1456,12 +1465,12 @@ def scp_errors(store: ShellStore, path: str) -> Iterator[None]:
         raise kind(message, SAME_COMMAND) from error
 
 
-def connect(settings: SSHSettings) -> Store:
+def connect(settings: SSHSettings, purpose: Purpose = "look") -> Store:
     """The store at the other end of an SSH connection: by SFTP, or where there is none by scp."""
     connection = SSHConnection(settings)
     try:
         try:
-            return SFTPStore(connection)
+            return SFTPStore(connection, purpose)
         except NoSFTPError as error:
             store = ShellStore(connection)
             log.warning("%s: using the old scp protocol", error)

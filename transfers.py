@@ -22,7 +22,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from cloud_services import (
     ARCHIVE_SUFFIXES,
@@ -150,6 +150,11 @@ class Store(ABC):
     def info(self, path: str) -> FileInfo | None:
         """What is at `path`; None: nothing."""
         return self.infos(path)[0]
+
+    def survey(self, folder: str, *paths: str) -> tuple[list[FileInfo | None], int | None]:
+        """What is at `folder` and at each path, and the free bytes of the folder if it is there."""
+        found = self.infos(folder, *paths)
+        return found, self.free_bytes(folder) if found[0] and found[0].is_folder else None
 
     @abstractmethod
     def entries(self, folder: str) -> list[FileInfo]:
@@ -357,6 +362,9 @@ class Source(Protocol):
     def part_name(self) -> str:
         """The hidden name it has until it is complete, the same in every run."""
 
+    def hashed(self) -> Hashed:
+        """What is known of its hash before the first block is asked for."""
+
     def segments(self, progress: Progress) -> Iterator[bytes]:
         """All of it, in blocks of SEGMENT_BYTES; only the last may be shorter."""
 
@@ -372,6 +380,15 @@ class FileSource:
             raise UsageError(f"{printable(path)} is not a regular file")
         self.total = self.size = self._status.st_size
         self.part_name = name or part_name(path.name, f"{socket.gethostname()}:{path.resolve()}")
+        self._ahead = _HashAhead(path)
+
+    def hash_ahead(self, stack: contextlib.ExitStack) -> None:
+        """Hash what there is time for, until the first block is asked for or `stack` unwinds."""
+        stack.callback(self._ahead.stop)
+        self._ahead.start()
+
+    def hashed(self) -> Hashed:
+        return self._ahead.stop()
 
     def segments(self, progress: Progress) -> Iterator[bytes]:
         with local_errors(self.path), open(self.path, "rb") as stream:
@@ -379,6 +396,43 @@ class FileSource:
             now = os.fstat(stream.fileno())
         if (now.st_size, now.st_mtime_ns) != (self._status.st_size, self._status.st_mtime_ns):
             raise IntegrityError(f"{printable(self.path)} changed while it was sent")
+
+
+class Hashed(NamedTuple):
+    """The SHA-256 of the first `blocks` blocks of a source."""
+
+    blocks: int
+    sha256: hashlib._Hash
+
+
+class _HashAhead:
+    """Hashes a file from its start in a thread of its own, until it is stopped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._hashed = Hashed(0, hashlib.sha256())
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
+        sha256 = self._hashed.sha256
+        # What goes wrong here does so again, and is told, when the file is read to be sent.
+        with contextlib.suppress(OSError), open(self._path, "rb") as stream:
+            for number, block in enumerate(read_blocks(stream, SEGMENT_BYTES), 1):
+                if self._stopped.is_set():
+                    break
+                sha256.update(block)
+                self._hashed = Hashed(number, sha256)
+
+    def stop(self) -> Hashed:
+        """What was hashed so far; the hash may go on from there."""
+        self._stopped.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        return self._hashed._replace(sha256=self._hashed.sha256.copy())
 
 
 class PackSource:
@@ -391,6 +445,9 @@ class PackSource:
         self.packed: Packed | None = None
         self.total = plan.total_bytes
         self.part_name = part_name(stem, f"{socket.gethostname()}:{plan.workspace.resolve()}")
+
+    def hashed(self) -> Hashed:
+        return Hashed(0, hashlib.sha256())
 
     def segments(self, progress: Progress) -> Iterator[bytes]:
         cutter = _Cutter()
@@ -531,9 +588,10 @@ class _Outgoing(Iterator[Segment]):
     """Cuts a source into segments, hashes all of it, and skips what the destination holds."""
 
     def __init__(
-        self, blocks: Iterator[bytes], held: list[str], check: ContentCheck, advance: Advance
-    ) -> None:
-        self.sha256 = hashlib.sha256()
+        self, blocks: Iterator[bytes], hashed: Hashed, held: list[str], check: ContentCheck,
+        advance: Advance,
+    ) -> None:  # fmt: skip
+        self._hashed, self.sha256 = hashed
         self.size = 0
         self.skipped = 0
         self._blocks = enumerate(blocks)
@@ -545,7 +603,8 @@ class _Outgoing(Iterator[Segment]):
     def __next__(self) -> Segment:
         while True:
             index, data = next(self._blocks)
-            self.sha256.update(data)
+            if index >= self._hashed:
+                self.sha256.update(data)
             self.size += len(data)
             if index >= len(self._held) or hashlib.sha256(data).hexdigest() != self._held[index]:
                 return Segment(index, data)
@@ -569,7 +628,7 @@ def send_segments(
         progress.begin("sending", source.total)
     enough = store.send_lanes if source.size is None else max(1, len(spans(source.size)))
     blocks = source.segments(progress)
-    outgoing = _Outgoing(blocks, held, check, advance)
+    outgoing = _Outgoing(blocks, source.hashed(), held, check, advance)
     try:
         run_lanes(
             lambda: store.lane(part, writing=True), min(store.send_lanes, enough), outgoing,
@@ -812,16 +871,17 @@ def deliver(
     store.get_ready(store.send_lanes)
     folder = posixpath.dirname(target)
     part = posixpath.join(folder, source.part_name)
-    existing, started, there = store.infos(target, part, folder or ".")
+    (there, existing, started), free = store.survey(folder or ".", target, part)
     if existing and existing.is_folder:
         raise UsageError(f"{printable(target)} on {store.name} is a folder")
     if same := _already_there(store, source, existing):
         return same
     if not (there and there.is_folder):
         store.make_folder(folder)
+        free = store.free_bytes(folder)
     held = started.size if started else 0
     missing = None if source.size is None else source.size - held
-    require_space(store.free_bytes(folder or "."), missing, f"{folder or '.'} on {store.name}")
+    require_space(free, missing, f"{folder or '.'} on {store.name}")
     try:
         moved = send(store, source, part, held, progress)
     except LinkLostError:
@@ -915,15 +975,21 @@ def pending_name(place: str, stem: str) -> Iterator[str]:
     note.unlink(missing_ok=True)
 
 
-def open_store(settings: SSHSettings, method: str) -> Store:
-    """The store that a method talks to: a mounted folder, or a server over SSH."""
+Purpose = Literal["look", "send", "receive"]
+
+
+def open_store(settings: SSHSettings, method: str, purpose: Purpose = "look") -> Store:
+    """The store that a method talks to: a mounted folder, or a server over SSH.
+
+    A `purpose` saves a round trip: what it will need starts together with the rest.
+    """
     if method not in METHODS:
         raise UsageError(f"{printable(method)!r} is no method", f"use one of {', '.join(METHODS)}")
     if method == "local":
         return LocalStore()
     from ssh_transport import connect
 
-    return connect(settings)
+    return connect(settings, purpose if method == "scp" else "look")
 
 
 def movers(method: str) -> tuple[Sender, Fetcher]:

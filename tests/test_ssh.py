@@ -76,6 +76,16 @@ def test_settings_come_from_flag_then_environment_then_dotenv(
     assert not (tmp_path / "evil").exists()
 
 
+@pytest.mark.parametrize(("condition", "holds"), [("true", True), ("false", False)])
+def test_a_match_exec_of_the_configuration_is_asked(
+    server: SSHServer, tmp_path: Path, condition: str, holds: bool
+) -> None:
+    write_config(server, f"Match exec {condition}\n{host_block(server, '*', server.identity)}"
+                 .replace("Host *\n", ""))  # fmt: skip
+    done = listing(server, "--host", "gpu", tmp_path=tmp_path)
+    assert done.returncode == (0 if holds else 7), done.stderr
+
+
 def test_a_login_can_stand_before_the_host(server: SSHServer, tmp_path: Path) -> None:
     done = listing(server, "--host", f"{server.user}@{server.host}", "--port", server.port,
                    "--identity", server.identity, tmp_path=tmp_path)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -595,3 +596,19 @@ class small_disk:  # noqa: N801 - reads as a context, as tmp_path does
 
     def __exit__(self, *exc: object) -> None:
         subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+
+
+@pytest.mark.parametrize("size", [0, 5, transfers.SEGMENT_BYTES, 5 * transfers.SEGMENT_BYTES + 1])
+@pytest.mark.parametrize("patient", [True, False])
+def test_what_was_hashed_ahead_is_neither_lost_nor_counted_twice(
+    tmp_path: Path, size: int, patient: bool
+) -> None:
+    file = random_file(tmp_path / "data.bin", size)
+    source, stack = transfers.FileSource(file), contextlib.ExitStack()
+    with stack:
+        source.hash_ahead(stack)
+        if patient:
+            source._ahead._thread.join()
+        store, target = transfers.LocalStore(), str(tmp_path / "there/data.bin")
+        moved = transfers.deliver(store, source, target, cloud_services.Progress())
+    assert moved.sha256 == sha256(file) == sha256(Path(target))

@@ -1,0 +1,243 @@
+"""SSH packets with few copies: what paramiko does one packet at a time, done many at a time.
+
+A satellite of ssh_transport, imported when a connection is made. A gigabyte is 32,768 packets;
+paramiko copies each a dozen times and sends it with a system call of its own. Here the content of a
+channel becomes packets in one go and leaves in one piece. This is so under AES-GCM (RFC 5647), the
+cipher that we ask for first; every other cipher, and every other message, is paramiko's business.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import queue
+import struct
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from paramiko.message import Message
+from paramiko.packet import Packetizer
+
+from cloud_services import KIB, REKEY_BYTES
+
+SERVICE_REQUEST, SERVICE_ACCEPT = 5, 6  # RFC 4253, section 10
+CHANNEL_DATA = 94  # RFC 4254, section 5.2
+GCM_BLOCK, GCM_TAG = 16, 16
+MOST_AT_ONCE = 256 * KIB
+"""Content that leaves in one piece: what sshd reads at once, and still in the processor's cache."""
+
+
+class LiveSocket:
+    """A socket that reads ahead, to halve the system calls, and knows when it last heard."""
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self._ahead = memoryview(b"")
+        self._takes_views = hasattr(sock, "sendmsg")
+        self.last_heard = time.monotonic()
+
+    def recv(self, count: int) -> bytes:
+        """At least one byte and at most `count`; empty at the end."""
+        if not self._ahead:
+            self._ahead = memoryview(self._sock.recv(256 * KIB))
+            self.last_heard = time.monotonic()
+        data, self._ahead = self._ahead[:count], self._ahead[count:]
+        return bytes(data)
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send some of `data`; a jump host's channel and a proxy's pipe take nothing but bytes."""
+        return int(self._sock.send(data if self._takes_views else bytes(data)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
+class ChunkPipe:
+    """Stands in for paramiko's BufferedPipe in a channel: hands chunks on as they are, uncopied.
+
+    The original appends to one array and moves all that is left at each read.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def feed(self, data: bytes) -> None:
+        """Take a chunk that arrived."""
+        self._chunks.put(data)
+
+    def read(self, count: int, timeout: float | None = None) -> bytes:
+        """The next chunk, whatever its size; empty at the end. Raises as the original does."""
+        try:
+            chunk = self._chunks.get(timeout=timeout)
+        except queue.Empty as error:
+            raise importlib.import_module("paramiko.buffered_pipe").PipeTimeout from error
+        if not chunk:
+            self.close()  # the end stays the end
+        return chunk
+
+    def read_ready(self) -> bool:
+        """Whether reading would not wait."""
+        return not self._chunks.empty()
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        self._chunks.put(b"")
+
+
+class SentData:
+    """Content on its way into a channel, in place of a paramiko Message: as many packets as needed.
+
+    The channel's window must have granted all of it.
+    """
+
+    def __init__(self, recipient: int, data: memoryview, packet_bytes: int) -> None:
+        self._recipient, self._data, self._step = recipient, data, packet_bytes - 64
+
+    def payloads(self) -> Iterator[tuple[bytes, memoryview]]:
+        """The payload of each packet: its head, and the content."""
+        for start in range(0, len(self._data), self._step):
+            content = self._data[start : start + self._step]
+            yield struct.pack(">BII", CHANNEL_DATA, self._recipient, len(content)), content
+
+
+class ReceivedData:
+    """Content that came for a channel, with as much of a paramiko Message as a channel asks for."""
+
+    def __init__(self, payload: memoryview) -> None:
+        self._payload = payload
+
+    def get_int(self) -> int:
+        """Our number of the channel."""
+        return int.from_bytes(self._payload[1:5], "big")
+
+    def get_binary(self) -> bytes:
+        """The content."""
+        length = int.from_bytes(self._payload[5:9], "big")
+        return bytes(self._payload[9 : 9 + length])
+
+
+class GCM:
+    """One direction under AES-GCM: the cipher and the nonce of its next packet.
+
+    RFC 5647, section 7.1: four fixed bytes and a counter of eight.
+    """
+
+    def __init__(self, engine: Any, nonce: bytes) -> None:
+        self._engine, self._fixed = engine, nonce[:4]
+        self._count = int.from_bytes(nonce[4:], "big")
+        self.bytes = 0
+        """How many it has sealed or opened."""
+
+    def _next_nonce(self) -> bytes:
+        count, self._count = self._count, (self._count + 1) % (1 << 64)
+        return self._fixed + count.to_bytes(8, "big")
+
+    def seal(self, payload: tuple[bytes, bytes | memoryview]) -> tuple[bytes, bytes]:
+        """A packet for the payload: its length, and what is sealed."""
+        length = 1 + sum(map(len, payload))
+        padding = GCM_BLOCK - length % GCM_BLOCK
+        if padding < 4:  # RFC 4253, section 6
+            padding += GCM_BLOCK
+        plain = b"".join((padding.to_bytes(1, "big"), *payload, os.urandom(padding)))
+        head = len(plain).to_bytes(4, "big")
+        self.bytes += len(plain)
+        return head, self._engine.encrypt(self._next_nonce(), plain, head)
+
+    def open(self, head: bytes, sealed: bytes) -> memoryview:
+        """The payload of a packet; raises InvalidTag when it is not what was sent."""
+        plain = self._engine.decrypt(self._next_nonce(), sealed, head)
+        self.bytes += len(plain)
+        return memoryview(plain)[1 : len(plain) - plain[0]]
+
+
+def _gcm(options: dict[str, Any], nonce: str) -> GCM | None:
+    """The cipher that paramiko describes by these options, if it is AES-GCM."""
+    return GCM(options["block_engine"], options[nonce]) if options.get("aead") else None
+
+
+class BulkPacketizer(Packetizer):
+    """paramiko's packets, with its own way under AES-GCM; takes SentData beside its messages."""
+
+    # The default of 512 MB would mean hundreds of key exchanges in one big upload.
+    REKEY_BYTES = REKEY_BYTES
+
+    def __init__(self, sock: Any) -> None:
+        super().__init__(sock)
+        self._sealer: GCM | None = None
+        self._opener: GCM | None = None
+        self._sealing = threading.Lock()
+        self._asked = 0.0
+        self.round_trip = math.inf
+        """Seconds from the wish to log in to its answer, in which the server has nothing to do."""
+
+    def set_outbound_cipher(self, *args: Any, **options: Any) -> None:
+        """From here on, packets leave under this cipher."""
+        super().set_outbound_cipher(*args, **options)
+        self._sealer = _gcm(options, "iv_out")
+
+    def set_inbound_cipher(self, *args: Any, **options: Any) -> None:
+        """From here on, packets come under this cipher."""
+        super().set_inbound_cipher(*args, **options)
+        self._opener = _gcm(options, "iv_in")
+
+    def send_message(self, data: Any) -> None:
+        """Send a message, or content, as one packet or many."""
+        bulk = isinstance(data, SentData)
+        if not bulk and data.asbytes()[0] == SERVICE_REQUEST:
+            self._asked = time.monotonic()
+        if self._sealer is None:
+            for payload in data.payloads() if bulk else ():
+                super().send_message(Message(b"".join(payload)))
+            if not bulk:
+                super().send_message(data)
+            return
+        payloads: Iterable[tuple[bytes, bytes | memoryview]]
+        payloads = data.payloads() if bulk else ((data.asbytes(), b""),)
+        with self._sealing:
+            packets = [piece for payload in payloads for piece in self._sealer.seal(payload)]
+            self.write_all(memoryview(b"".join(packets)))
+        self._rekey_in_time(self._sealer)
+
+    def read_message(self) -> tuple[int, Any]:
+        """The kind of the next message, and the message."""
+        kind, message = self._next_message()
+        if kind == SERVICE_ACCEPT:
+            self.round_trip = time.monotonic() - self._asked
+        return kind, message
+
+    def _next_message(self) -> tuple[int, Any]:
+        if self._opener is None:
+            kind, message = super().read_message()
+            return kind, message
+        head = self.read_all(4, check_rekey=True)
+        payload = self._opener.open(head, self.read_all(int.from_bytes(head, "big") + GCM_TAG))
+        self._rekey_in_time(self._opener)
+        if payload[0] == CHANNEL_DATA:
+            return CHANNEL_DATA, ReceivedData(payload)
+        message = Message(bytes(payload[1:]))
+        message.seqno = 0
+        return payload[0], message
+
+    def _rekey_in_time(self, cipher: GCM) -> None:
+        if cipher.bytes >= self.REKEY_BYTES and not self.need_rekey():
+            self._trigger_rekey()  # type: ignore[attr-defined]  # paramiko's own, not in the stubs
+
+
+def send_some(channel: Any, data: memoryview) -> int:
+    """Send as much of `data` into a paramiko channel as its window grants, up to MOST_AT_ONCE.
+
+    Raises OSError when the channel is closed, TimeoutError when the window stays shut.
+    """
+    with channel.lock:
+        granted: int = channel._wait_for_send_window(len(data))  # noqa: SLF001 - it knows how to wait
+        if not granted:
+            raise OSError("the channel is closed")
+        window: int = granted + channel.out_window_size
+        more = max(0, min(MOST_AT_ONCE, len(data), window) - granted)
+        channel.out_window_size -= more
+    content = SentData(channel.remote_chanid, data[: granted + more], channel.out_max_packet_size)
+    channel.transport._send_user_message(content)  # noqa: SLF001 - as the channel itself does
+    return granted + more

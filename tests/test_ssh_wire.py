@@ -1,0 +1,194 @@
+"""Our packets under AES-GCM, judged by paramiko's own; other ciphers; key exchanges of our side."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from hypothesis import given
+from hypothesis import strategies as st
+from paramiko.channel import Channel
+from paramiko.message import Message
+from paramiko.packet import Packetizer
+
+import ssh_wire
+from cloud_services import KIB, PaperspaceDownloader, PaperspaceUploader
+from ssh_wire import CHANNEL_DATA, BulkPacketizer, ReceivedData, SentData, send_some
+from tests.servers import SSHServer
+from tests.support import MIB, cli, document, flags, random_file, sha256
+
+PACKET = 32 * KIB
+messages = st.lists(
+    st.binary(min_size=1, max_size=3000).filter(lambda data: data[0] != CHANNEL_DATA), max_size=5
+)
+contents = st.lists(st.integers(1, 3 * PACKET), max_size=4)
+
+
+class Pair:
+    """Two ends of a connection under one key; `ours` sends or receives, `theirs` is paramiko's."""
+
+    def __init__(self) -> None:
+        self.sockets = socket.socketpair()
+        for sock in self.sockets:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)
+            sock.settimeout(10)
+        self.ours = BulkPacketizer(self.sockets[0])
+        self.theirs = Packetizer(self.sockets[1])
+        engine, nonce = AESGCM(os.urandom(16)), os.urandom(4) + bytes(5) + b"\xff\xff\xfe"
+        for end in (self.ours, self.theirs):
+            common: dict[str, Any] = {
+                "block_engine": engine, "block_size": 16, "mac_engine": None, "mac_size": 16,
+                "mac_key": None, "aead": True,
+            }  # fmt: skip
+            end.set_outbound_cipher(**common, iv_out=nonce)
+            end.set_inbound_cipher(**common, iv_in=nonce)
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sock in self.sockets:
+            sock.close()
+
+
+def data_message(recipient: int, content: bytes) -> Message:
+    message = Message()
+    message.add_byte(bytes([CHANNEL_DATA]))
+    message.add_int(recipient)
+    message.add_string(content)
+    return message
+
+
+@given(texts=messages, sizes=contents)
+def test_paramiko_reads_our_packets(texts: list[bytes], sizes: list[int]) -> None:
+    with Pair() as pair:
+        for text in texts:
+            pair.ours.send_message(Message(text))
+        for text in texts:
+            kind, message = pair.theirs.read_message()
+            assert bytes([kind]) + message.asbytes() == text
+        for size in sizes:
+            content = os.urandom(size)
+            pair.ours.send_message(SentData(7, memoryview(content), PACKET))
+            came = b""
+            while len(came) < size:
+                kind, message = pair.theirs.read_message()
+                assert (kind, message.get_int()) == (CHANNEL_DATA, 7)
+                piece = message.get_binary()
+                assert len(piece) <= PACKET - 64
+                came += piece
+            assert came == content
+
+
+@given(texts=messages, sizes=contents)
+def test_we_read_paramikos_packets(texts: list[bytes], sizes: list[int]) -> None:
+    with Pair() as pair:
+        for text in texts:
+            pair.theirs.send_message(Message(text))
+            kind, message = pair.ours.read_message()
+            assert bytes([kind]) + message.asbytes() == text
+        for size in sizes:
+            content = os.urandom(size)
+            pair.theirs.send_message(data_message(9, content))
+            kind, message = pair.ours.read_message()
+            assert isinstance(message, ReceivedData)
+            assert (kind, message.get_int(), message.get_binary()) == (CHANNEL_DATA, 9, content)
+
+
+@given(position=st.integers(0, 199))
+def test_a_flipped_bit_is_never_taken_for_a_message(position: int) -> None:
+    with Pair() as pair:
+        pair.theirs.send_message(Message(b"\x50" + bytes(180)))
+        packet = bytearray(pair.sockets[0].recv(4 * KIB))
+        packet[4 + position % (len(packet) - 4)] ^= 1
+        pair.sockets[1].send(packet)
+        with pytest.raises(InvalidTag):
+            pair.ours.read_message()
+
+
+class _Transport:
+    """Keeps what a channel sends."""
+
+    def __init__(self) -> None:
+        self.sent: list[SentData] = []
+
+    def _send_user_message(self, message: SentData) -> None:
+        self.sent.append(message)
+
+
+@given(length=st.integers(1, MIB), window=st.integers(1, MIB), packet=st.integers(65, 64 * KIB))
+def test_never_more_is_sent_than_the_window_grants(length: int, window: int, packet: int) -> None:
+    channel: Any = Channel(1)
+    channel.transport = transport = _Transport()
+    channel.remote_chanid, channel.out_window_size, channel.out_max_packet_size = 5, window, packet
+    data = os.urandom(length)
+    count = send_some(channel, memoryview(data))
+    assert count == min(length, window, ssh_wire.MOST_AT_ONCE)
+    assert channel.out_window_size == window - count
+    pieces = [piece for sent in transport.sent for piece in sent.payloads()]
+    assert b"".join(bytes(content) for _, content in pieces) == data[:count]
+    assert all(len(content) <= packet - 64 for _, content in pieces)
+
+
+def test_a_closed_channel_takes_nothing() -> None:
+    channel: Any = Channel(1)
+    channel.transport = _Transport()
+    channel.closed = True
+    with pytest.raises(OSError, match="closed"):
+        send_some(channel, memoryview(b"late"))
+
+
+@pytest.fixture(params=["aes256-ctr", "aes256-gcm@openssh.com"])
+def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SSHServer]:
+    with SSHServer(tmp_path / "server", config=[f"Ciphers {request.param}"]) as running:
+        yield running
+
+
+def test_every_cipher_brings_a_file_there_and_back(server: SSHServer, tmp_path: Path) -> None:
+    file = random_file(tmp_path / "data.bin", 9 * MIB + 5)
+    sent = document(
+        cli("--json", "upload-training", *flags(server), "--path", server.storage, "--archive", file,
+            "--streams", 3, server=server, cwd=tmp_path)
+    )  # fmt: skip
+    assert sent["sha256"] == sha256(server.storage / "data.bin") == sha256(file)
+    back = cli("download-results", *flags(server), "--path", server.storage / "data.bin",
+               "--local-path", "back", server=server, cwd=tmp_path)  # fmt: skip
+    assert back.returncode == 0, back.stderr
+    assert sha256(tmp_path / "back/data.bin") == sha256(file)
+
+
+def test_keys_are_exchanged_again_before_too_much_was_sealed_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanges = 0
+    real = BulkPacketizer.set_outbound_cipher
+
+    def counted(self: BulkPacketizer, *args: Any, **options: Any) -> None:
+        nonlocal exchanges
+        exchanges += 1
+        real(self, *args, **options)
+
+    monkeypatch.setattr(BulkPacketizer, "REKEY_BYTES", 4 * MIB)
+    monkeypatch.setattr(BulkPacketizer, "set_outbound_cipher", counted)
+    file = random_file(tmp_path / "data.bin", 30 * MIB)
+    with SSHServer(tmp_path / "server") as server:
+        monkeypatch.setenv("HOME", str(server.home))
+        where: dict[str, Any] = {
+            "user": server.user,
+            "port": server.port,
+            "identity": str(server.identity),
+        }
+        PaperspaceUploader(server.host, str(server.storage), **where).upload_training_data(file)
+        assert exchanges >= 4
+        exchanges = 0
+        PaperspaceDownloader(server.host, str(server.storage), **where).download_results(
+            str(server.storage / "data.bin"), tmp_path / "back"
+        )
+        assert exchanges >= 4
+    assert sha256(tmp_path / "back/data.bin") == sha256(file)
