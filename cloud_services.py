@@ -53,6 +53,19 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
+
+class LateModule:
+    """A module that is imported when it is used: starting up costs half without some of them."""
+
+    def __init__(self, name: str) -> None:
+        """Nothing is imported yet."""
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        """What the module has under this name."""
+        return getattr(importlib.import_module(self._name), attribute)
+
+
 if TYPE_CHECKING:
     import gzip
     import hashlib
@@ -61,18 +74,8 @@ if TYPE_CHECKING:
     import tarfile
     import tempfile
 else:
-
-    class _LateModule:
-        """A module that is imported when it is used: starting up costs half without these."""
-
-        def __init__(self, name: str) -> None:
-            self._name = name
-
-        def __getattr__(self, attribute: str) -> Any:
-            return getattr(importlib.import_module(self._name), attribute)
-
-    gzip, hashlib, json = map(_LateModule, ("gzip", "hashlib", "json"))
-    shutil, tarfile, tempfile = map(_LateModule, ("shutil", "tarfile", "tempfile"))
+    gzip, hashlib, json = map(LateModule, ("gzip", "hashlib", "json"))
+    shutil, tarfile, tempfile = map(LateModule, ("shutil", "tarfile", "tempfile"))
 
 __version__ = "0.1.0"
 
@@ -3848,6 +3851,7 @@ def command_line() -> NoReturn:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+    gc.freeze()  # the interpreter would search all there is for cycles, just before it goes
     sys.exit(code)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import glob
-import importlib.util
+import importlib
 import io
 import logging
 import os
@@ -46,6 +46,7 @@ from cloud_services import (
     DiskFullError,
     HostKeyError,
     IntegrityError,
+    LateModule,
     LinkLostError,
     MissingPackageError,
     NotFoundError,
@@ -106,12 +107,15 @@ def load_paramiko() -> Any:
 
     It takes longer than all the rest.
     """
-    spec = None if "invoke" in sys.modules else importlib.util.find_spec("invoke")
-    if spec and spec.loader:
-        loader = spec.loader = importlib.util.LazyLoader(spec.loader)
-        sys.modules["invoke"] = importlib.util.module_from_spec(spec)
-        loader.exec_module(sys.modules["invoke"])
-    return need("paramiko")
+    if "paramiko" in sys.modules or "invoke" in sys.modules:
+        return need("paramiko")
+    sys.modules["invoke"] = None  # type: ignore[assignment]  # as the import system writes "not here"
+    try:
+        paramiko = need("paramiko")
+    finally:
+        del sys.modules["invoke"]
+    importlib.import_module("paramiko.config").invoke = LateModule("invoke")  # type: ignore[attr-defined]
+    return paramiko
 
 
 class SSHConnection:
