@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ class HashCache:
         self._lock = threading.RLock()
         self._hashing: dict[tuple[str, str], threading.Lock] = {}
         self._known: dict[str, _Hashed] = {}
-        self._folder = ""
+        self._folder, self._start = "", b""
         self._unsaved: dict[str, _Hashed] = {}
         self._unsaved_bytes = 0
         path = path or cache_folder() / "files.sqlite"
@@ -72,26 +73,29 @@ class HashCache:
             "CREATE TABLE IF NOT EXISTS hashed (path BLOB PRIMARY KEY, size INTEGER,"
             " mtime_ns INTEGER, inode INTEGER, sha256 TEXT, git TEXT) WITHOUT ROWID;"
             "CREATE TABLE IF NOT EXISTS received (path BLOB, arriving INTEGER, digest TEXT,"
-            " PRIMARY KEY (path, arriving)) WITHOUT ROWID"
+            " PRIMARY KEY (path, arriving)) WITHOUT ROWID;"
+            "CREATE TABLE IF NOT EXISTS listed (place TEXT PRIMARY KEY, version TEXT, rows TEXT)"
         )
 
     def load(self, folder: str | Path) -> None:
         """Read all that is remembered below a folder at once: thousands of questions are slow."""
         self._folder = os.path.join(os.fspath(folder), "")
-        start = os.path.join(_cache_key(folder), b"")
+        self._start = start = os.path.join(_cache_key(folder), b"")
         query = "SELECT substr(path, ?), size, mtime_ns, inode, sha256, git FROM hashed"
         below = f"{query} WHERE path >= ? AND path < ?"
         with self._lock, contextlib.suppress(self._sqlite.Error):
             values = (len(start) + 1, start, start[:-1] + b"0")  # 0 follows /
-            for row in self._database.execute(below, values):
-                self._known[self._folder + os.fsdecode(row[0])] = _Hashed._make(row[1:])
+            self._known.update(
+                (self._folder + os.fsdecode(name), _Hashed(*state))
+                for name, *state in self._database.execute(below, values)
+            )
 
     def remembered(self, path: str | Path, kind: str, size: int, mtime_ns: int, inode: int) -> str:
         """The digest, "sha256" or "git", remembered for a file in this state; or empty."""
         hashed = self._of(path)
         if hashed[:3] != (size, mtime_ns, inode):
             return ""
-        return str(getattr(hashed, kind))
+        return hashed.sha256 if kind == "sha256" else hashed.git
 
     def sha256(self, path: str | Path) -> str:
         """The SHA-256 of a file's content, in hex."""
@@ -103,14 +107,20 @@ class HashCache:
 
     def remember(self, path: str | Path, kind: str, status: os.stat_result, digest: str) -> None:
         """Note a digest of the content that the file had when it had this status."""
+        self.remember_digests(path, status, **{kind: digest})
+
+    def remember_digests(
+        self, path: str | Path, status: os.stat_result, sha256: str = "", git: str = ""
+    ) -> None:
+        """Note digests of the content that the file had when it had this status."""
         if time.time_ns() - status.st_mtime_ns < self.RACY_NS:
             return
         name, state = os.fspath(path), (status.st_size, status.st_mtime_ns, status.st_ino)
         with self._lock:
             hashed = self._of(path)
-            hashed = hashed if hashed[:3] == state else _Hashed(*state)
-            digests = {kind: digest}
-            self._known[name] = self._unsaved[name] = hashed._replace(**digests)  # type: ignore[arg-type]  # "sha256" or "git"
+            sha256_before, git_before = hashed[3:] if hashed[:3] == state else ("", "")
+            hashed = _Hashed(*state, sha256 or sha256_before, git or git_before)
+            self._known[name] = self._unsaved[name] = hashed
             self._unsaved_bytes += status.st_size
             if self._unsaved_bytes > self.SAVE_BYTES or len(self._unsaved) > self.SAVE_FILES:
                 self._save()
@@ -126,13 +136,34 @@ class HashCache:
         with self._lock, contextlib.suppress(self._sqlite.Error):
             self._database.execute("REPLACE INTO received VALUES (?, ?, ?)", row)
 
+    def listing(self, place: str, version: str) -> list[list[Any]] | None:
+        """What was listed of a place elsewhere in this very version; None: it is not remembered."""
+        query = "SELECT rows FROM listed WHERE place = ? AND version = ?"
+        with self._lock, contextlib.suppress(self._sqlite.Error, ValueError):
+            for (rows,) in self._database.execute(query, (place, version)):
+                remembered: list[list[Any]] = json.loads(rows)
+                return remembered
+        return None
+
+    def remember_listing(self, place: str, version: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Note what a version, which never changes, holds; an earlier version is forgotten."""
+        row = (place, version, json.dumps([*rows], ensure_ascii=True))
+        with self._lock, contextlib.suppress(self._sqlite.Error):
+            self._database.execute("REPLACE INTO listed VALUES (?, ?, ?)", row)
+
     def _save(self) -> None:
-        rows = [(_cache_key(name), *hashed) for name, hashed in self._unsaved.items()]
+        rows = [(self._key(name), *hashed) for name, hashed in self._unsaved.items()]
         self._unsaved, self._unsaved_bytes = {}, 0
         with contextlib.suppress(self._sqlite.Error):
             self._database.execute("BEGIN IMMEDIATE")
             self._database.executemany("REPLACE INTO hashed VALUES (?, ?, ?, ?, ?, ?)", rows)
             self._database.execute("COMMIT")
+
+    def _key(self, name: str) -> bytes:
+        """The key of a file; below the loaded folder it needs no new look at where that is."""
+        if self._folder and name.startswith(self._folder):
+            return self._start + os.fsencode(name[len(self._folder) :])
+        return _cache_key(name)
 
     def close(self) -> None:
         """Write down what was learnt."""
@@ -161,8 +192,7 @@ class HashCache:
 
     def _of(self, path: str | Path) -> _Hashed:
         name = os.fspath(path)
-        found = self._known.get(name)
-        if found is None:
+        if (found := self._known.get(name)) is None:
             query = "SELECT size, mtime_ns, inode, sha256, git FROM hashed WHERE path = ?"
             loaded = self._folder and name.startswith(self._folder)
             rows = [] if loaded else self._ask(query, path)

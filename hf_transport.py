@@ -1,12 +1,15 @@
 """The Hugging Face Hub: listings, commits and downloads of one repository, exact or an error.
 
-A satellite of cloud_services, imported when a command needs the Hub. What is read (listings, files)
-is read here, over plain HTTP, resumable and verified; what is written goes through
-huggingface_hub's `create_commit`, which knows LFS and Xet, in bounded commits on a known parent.
+A satellite of cloud_services, imported when a command needs the Hub. Listings, files and commits go
+over plain HTTP here: what is read is resumable and verified, what is written are bounded commits on
+a known parent. Content too large for a commit is brought to the Hub's storage by huggingface_hub,
+which knows LFS and Xet; it is imported when there is some.
 """
 
 from __future__ import annotations
 
+import base64
+import collections
 import contextlib
 import email.message
 import functools
@@ -23,7 +26,6 @@ import ssl
 import threading
 import time
 import urllib.parse
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextvars import ContextVar
@@ -32,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cloud_services import (
+    KIB,
     MIB,
     SAME_COMMAND,
     AccessError,
@@ -80,6 +83,12 @@ COMMIT_FILES, COMMIT_REGULAR_BYTES, COMMIT_BYTES = 500, 24_000_000, 4_000_000_00
 READ_AT_ONCE_BYTES = MIB
 """A file of at most this size is read once, to be hashed and sent from memory."""
 
+PREUPLOAD_FILES, SAMPLE_BYTES = 256, 512
+"""The Hub is asked about so many files at once, and shown so much of each: its client's numbers."""
+
+SEND_BYTES = 256 * KIB
+"""A request's body goes in such pieces: the timeout is for each."""
+
 DOWNLOAD_THREADS = 8
 HASH_THREADS = 4
 CSV_IN_LFS = "*.csv filter=lfs diff=lfs merge=lfs -text"
@@ -93,6 +102,10 @@ Headers = Mapping[str, str] | email.message.Message
 
 class ParentMovedError(LinkLostError):
     """Somebody else committed in between; a new look at the repository settles it."""
+
+
+class ExistsError(TransferError):
+    """The Hub has that repository already."""
 
 
 class NoEntryError(NotFoundError):
@@ -165,7 +178,9 @@ def _refusal(settings: HubSettings, status: int, said: str, doing: str) -> Cloud
 def _passing_trouble(settings: HubSettings, status: int, said: str) -> CloudError:
     if status == 412:
         return ParentMovedError(f"somebody else changed {settings.repo_id} meanwhile", SAME_COMMAND)
-    kind = LinkLostError if status >= 500 or status == 408 else TransferError
+    busy = status == 409 and "conflicting operation is in progress" in said
+    passing = status >= 500 or status == 408 or busy
+    kind = LinkLostError if passing else ExistsError if status == 409 else TransferError
     return kind(f"the Hub answers with status {status}: {said}", SAME_COMMAND)
 
 
@@ -213,8 +228,7 @@ def _client_errors(settings: HubSettings) -> Iterator[None]:
 
 def _translated(settings: HubSettings, error: BaseException) -> CloudError | None:
     hub = need("huggingface_hub")
-    client: Any = importlib.import_module("huggingface_hub.utils._http")
-    wire = getattr(client, "httpx2", None) or client.httpx  # 2.x and 1.x
+    wire = _client_wire()
     response = getattr(error, "response", None)
     if response is not None:
         said = str(getattr(error, "server_message", "") or "")
@@ -262,8 +276,20 @@ def _without_token(settings: HubSettings, text: str) -> str:
 # ── reading over HTTP ────────────────────────────────────────────────────────────────────────────
 
 
+class _Body(NamedTuple):
+    """What a POST sends."""
+
+    content: bytes
+    kind: str = "application/json"
+
+    def pieces(self) -> Iterator[bytes]:
+        """The content, bit by bit."""
+        for start in range(0, len(self.content), SEND_BYTES):
+            yield self.content[start : start + SEND_BYTES]
+
+
 class _Wire:
-    """GET requests: each thread keeps its connections, the token goes to the Hub alone."""
+    """HTTP requests: each thread keeps its connections, the token goes to the Hub alone."""
 
     REDIRECTS = 5
     PAUSES = 20
@@ -274,13 +300,15 @@ class _Wire:
         self._hold_until = 0.0
 
     @contextlib.contextmanager
-    def get(self, url: str, start: int = 0) -> Iterator[http.client.HTTPResponse]:
-        """The answer to a GET, from the byte `start` on; after redirects.
+    def get(
+        self, url: str, start: int = 0, body: _Body | None = None
+    ) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a GET, from the byte `start` on, or to a POST of `body`; after redirects.
 
         Raises what the status means. A connection whose answer was not read to its end is closed.
         """
         headers = {"Range": f"bytes={start}-"} if start else {}
-        connection, response = self._follow(url, headers)
+        connection, response = self._follow(url, headers, body)
         try:
             yield response
         except BaseException:
@@ -289,16 +317,26 @@ class _Wire:
         if not response.isclosed():
             connection.close()
 
-    def json(self, url: str) -> tuple[Any, email.message.Message]:
-        """A JSON document and its headers; tried again after a lost link or a rate limit."""
+    def json(
+        self, url: str, document: Mapping[str, Any] | None = None
+    ) -> tuple[Any, email.message.Message]:
+        """A JSON document and its headers, in answer to a document if there is one; patiently."""
+        body = None if document is None else _Body(json.dumps(document).encode())
+        return self._parsed(self.patiently(lambda: self._read(url, body)))
 
-        def attempt() -> tuple[bytes, email.message.Message]:
-            with self.get(url) as response, self.reading():
-                return response.read(), response.headers
+    def json_once(self, url: str, body: _Body | None = None) -> Any:
+        """A JSON document that is asked for once: only a rate limit is sat out."""
+        return self._parsed(self.in_turn(lambda: self._read(url, body)))[0]
 
-        content, headers = self.patiently(attempt)
+    def _read(self, url: str, body: _Body | None = None) -> tuple[bytes, email.message.Message]:
+        with self.get(url, body=body) as response, self.reading():
+            return response.read(), response.headers
+
+    def _parsed(
+        self, answer: tuple[bytes, email.message.Message]
+    ) -> tuple[Any, email.message.Message]:
         with self.understanding():
-            return json.loads(content), headers
+            return json.loads(answer[0]), answer[1]
 
     @contextlib.contextmanager
     def understanding(self) -> Iterator[None]:
@@ -313,12 +351,7 @@ class _Wire:
 
     def succeeds(self, url: str) -> None:
         """Ask, and raise what the answer's status means; patiently."""
-
-        def attempt() -> None:
-            with self.get(url) as response, self.reading():
-                response.read()
-
-        self.patiently(attempt)
+        self.patiently(lambda: self._read(url))
 
     def patiently(self, attempt: Callable[[], T]) -> T:
         """Call `attempt`; again after a lost link, and after the pause that the Hub asks for."""
@@ -347,14 +380,15 @@ class _Wire:
             left = self._hold_until - time.monotonic()
 
     def _follow(
-        self, url: str, headers: Mapping[str, str]
+        self, url: str, headers: Mapping[str, str], body: _Body | None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        redirects = (301, 302, 303, 307, 308) if body is None else (307, 308)
         for _ in range(self.REDIRECTS):
-            connection, response = self._send(url, headers)
+            connection, response = self._send(url, headers, body)
             try:
                 with self.reading():
-                    if response.status not in (301, 302, 303, 307, 308):
-                        self._require_success(response, url)
+                    if response.status not in redirects:
+                        self._require_success(response, url, "read" if body is None else "write")
                         return connection, response
                     response.read()
             except BaseException:
@@ -364,21 +398,21 @@ class _Wire:
                 url = urllib.parse.urljoin(url, response.headers.get("Location") or "")
         raise TransferError("the Hub redirects in circles", SAME_COMMAND)
 
-    def _require_success(self, response: http.client.HTTPResponse, url: str) -> None:
+    def _require_success(self, response: http.client.HTTPResponse, url: str, doing: str) -> None:
         remaining = re.search(r"\br=0\b", response.headers.get("RateLimit") or "")
         if remaining:
             self.hold(_pause_asked_for(response.headers))
-        if response.status < 400:
+        if response.status < 300:
             return
         text = response.read(64 * 1024)
         with contextlib.suppress(ValueError, AttributeError):
             text = str(json.loads(text).get("error", "")).encode()
         said = text.decode("utf-8", "replace")
-        doing = "write" if url.endswith("/auth-check/write") else "read"
+        doing = "write" if url.endswith("/auth-check/write") else doing
         raise _status_error(self._settings, response.status, response.headers, said, url, doing)
 
     def _send(
-        self, url: str, more: Mapping[str, str]
+        self, url: str, more: Mapping[str, str], body: _Body | None
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
         """One request over this thread's connection; a stale one is replaced once."""
         with self.understanding():
@@ -388,6 +422,9 @@ class _Wire:
         }  # fmt: skip
         if self._settings.token and origin == _origin(self._settings.endpoint):
             headers["Authorization"] = f"Bearer {self._settings.token}"
+        if body is not None:
+            headers |= {"Content-Type": body.kind, "Content-Length": str(len(body.content))}
+        method, pieces = ("GET", None) if body is None else ("POST", body.pieces)
         target = parts.path + (f"?{parts.query}" if parts.query else "")
         fresh = False
         while True:
@@ -395,7 +432,7 @@ class _Wire:
             if connection is None:
                 connection, fresh = self._connect(parts.scheme, parts.netloc), True
             try:
-                connection.request("GET", target, headers=headers)
+                connection.request(method, target, pieces and pieces(), headers)
                 return connection, connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
@@ -539,31 +576,71 @@ class HubRepo:
         with self.wire.understanding():
             return str(document["sha"])
 
-    def files_below(self, folder: str, commit: str) -> dict[str, RemoteFile]:
-        """The files of one folder, which ends in a slash, at a commit; it may be missing."""
-        try:
-            return self.files(commit, "/" + urllib.parse.quote(folder.rstrip("/")))
-        except NoEntryError:
-            return {}
+    def files(self, commit: str, folder: str = "") -> dict[str, RemoteFile]:
+        """Every file at a commit, by its path; or those of one folder, which ends in a slash.
 
-    def files(self, commit: str, below: str = "") -> dict[str, RemoteFile]:
-        """Every file at a commit, by its path."""
-        found: dict[str, RemoteFile] = {}
-        url = f"{self._api_url}/tree/{commit}{below}?recursive=true&expand=false"
-        while url:
-            entries, headers = self.wire.json(url)
-            with self.wire.understanding():
-                if not isinstance(entries, list):
-                    raise TypeError(type(entries))
-                for entry in entries:
-                    if entry["type"] == "file":
-                        file = _remote_file(entry)
-                        found[file.path] = file
-            following = re.search(r'<([^>]+)>;\s*rel="next"', headers.get("Link") or "")
-            url = urllib.parse.urljoin(url, following[1]) if following else ""
-            if url and _origin(url) != _origin(self._api_url):
-                raise TransferError("the Hub's listing leads to another host")
+        A folder that is missing holds none. Listings come in pages of a thousand, one after the
+        other; of a long one everything is asked for at once, and believed when it is proven.
+        """
+        place = f"/{urllib.parse.quote(folder.rstrip('/'))}" if folder else ""
+        try:
+            rows, following = self._page(self._tree_url(commit, place, "true"))
+        except NoEntryError:
+            if not folder:
+                raise
+            return {}
+        if following and (proven := self._proven_files(commit, folder)):
+            return proven
+        found = self._files_in(rows)
+        while following:
+            rows, following = self._page(following)
+            found.update(self._files_in(rows))
         return found
+
+    def _tree_url(self, commit: str, place: str, recursive: str) -> str:
+        return f"{self._api_url}/tree/{commit}{place}?recursive={recursive}&expand=false"
+
+    def _page(self, url: str) -> tuple[list[Any], str]:
+        """One page of a listing, and the address of the next; empty: there is none."""
+        rows, headers = self.wire.json(url)
+        with self.wire.understanding():
+            if not isinstance(rows, list):
+                raise TypeError(type(rows))
+        found = re.search(r'<([^>]+)>;\s*rel="next"', headers.get("Link") or "")
+        following = urllib.parse.urljoin(url, found[1]) if found else ""
+        if following and _origin(following) != _origin(self._api_url):
+            raise TransferError("the Hub's listing leads to another host")
+        return rows, following
+
+    def _files_in(self, rows: Sequence[Any]) -> dict[str, RemoteFile]:
+        with self.wire.understanding():
+            files = (_remote_file(row) for row in rows if row["type"] == "file")
+            return {file.path: file for file in files}
+
+    def _proven_files(self, commit: str, folder: str) -> dict[str, RemoteFile]:
+        """All files from the one document that names them all; nothing, unless it is complete.
+
+        The Hub may cut that document short. Git's id of a folder tells: it is a hash over all that
+        the folder holds, and the short listing of the root has it.
+        """
+        try:
+            document = self.wire.json_once(f"{self._api_url}/revision/{commit}?blobs=true")
+            with self.wire.understanding():
+                files = [_sibling(row) for row in document["siblings"]]
+                ids = git_ids(files)
+            rows, following = self._page(self._tree_url(commit, "", "false"))
+            with self.wire.understanding():
+                listed = {str(row["path"]): row["oid"] for row in rows}
+        except CloudError as error:
+            log.info("%s is listed page by page: %s", self.name, error)
+            return {}
+        found = {path: oid for path, oid in ids.items() if path and "/" not in path}
+        top = folder.partition("/")[0]
+        complete = found.get(top) == listed.get(top) if top else found == listed and not following
+        if not complete:
+            log.info("%s is listed page by page: its short listing is not complete", self.name)
+            return {}
+        return {file.path: file for file in files if file.path.startswith(folder)}
 
     def read(self, path: str, commit: str) -> bytes:
         """The content of a small file."""
@@ -578,11 +655,59 @@ class HubRepo:
         """Where a file's content at a commit is."""
         return f"{self.url}/resolve/{commit}/{urllib.parse.quote(path)}"
 
+    def create(self, private: bool) -> bool:
+        """Make the repository, unless it exists; say whether it is new."""
+        owner, _, name = self.name.partition("/")
+        document = {
+            "type": self.settings.repo_type, "name": name, "organization": owner,
+            "visibility": "private" if private else "public",
+        }  # fmt: skip
+        try:
+            self.wire.json(f"{self.settings.endpoint}/api/repos/create", document)
+        except ExistsError:
+            return False
+        return True
+
+    def places_of(self, contents: Mapping[str, bytes]) -> dict[str, str]:
+        """Where the Hub wants each content: in the commit ("regular"), in its storage, or nowhere.
+
+        Nowhere, an empty string, is where its .gitignore puts them.
+        """
+        revision = urllib.parse.quote(self.settings.revision, safe="")
+        paths, places = list(contents), {}
+        for start in range(0, len(paths), PREUPLOAD_FILES):
+            some = paths[start : start + PREUPLOAD_FILES]
+            asked = {"files": [_sample(path, contents[path]) for path in some]}
+            answer, _ = self.wire.json(f"{self._api_url}/preupload/{revision}", asked)
+            with self.wire.understanding():
+                for file in answer["files"]:
+                    mode = "regular" if not contents[file["path"]] else str(file["uploadMode"])
+                    places[file["path"]] = "" if file["shouldIgnore"] else mode
+        return places
+
+    def commit(self, changes: Sequence[Change], message: str, parent: str) -> str:
+        """Make one commit on `parent`; return its id. Raises ParentMovedError, LinkLostError."""
+        header = {"summary": message, "description": "", "parentCommit": parent}
+        lines = [Change.of("header", header).line, *(change.line for change in changes)]
+        body = _Body(b"".join(lines), "application/x-ndjson")
+        revision = urllib.parse.quote(self.settings.revision, safe="")
+        url = f"{self._api_url}/commit/{revision}"
+        # In a thread, and so over a connection, of its own: none that may have gone stale.
+        made = in_background(lambda: self.wire.json_once(url, body)).result()
+        with self.wire.understanding():
+            return str(made["commitOid"])
+
+    def require_valid_card(self, content: bytes) -> None:
+        """Raise TransferError with what the Hub says about a card that it would not take."""
+        text = content.decode("utf-8", "replace")
+        document = {"content": text, "repoType": self.settings.repo_type}
+        self.wire.json(f"{self.settings.endpoint}/api/validate-yaml", document)
+
     def require_writable(self) -> None:
         """Raise AccessError unless the token may write here."""
         self.wire.succeeds(f"{self._api_url}/auth-check/write")
 
-    # What changes the repository goes through huggingface_hub.
+    # What this file does not know how to do goes through huggingface_hub.
 
     @cached_property
     def api(self) -> Any:
@@ -618,15 +743,38 @@ class HubRepo:
         tags = self.wire.json(f"{self._api_url}/refs")[0]["tags"]
         return {tag["name"]: tag["targetCommit"] for tag in tags}
 
-    def commit(self, operations: Sequence[Any], message: str, parent: str) -> str:
-        """Make one commit on `parent`; return its id. Raises ParentMovedError, LinkLostError."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the card's metadata, of no use here
-            done = self.call_once(
-                "create_commit", operations, commit_message=message, parent_commit=parent,
-                revision=self.settings.revision,
-            )  # fmt: skip
-        return str(done.oid)
+
+class Change(NamedTuple):
+    """What a commit says about one file, and who counts how many bytes when it is made."""
+
+    line: bytes
+    size: int = 0
+    advance: Advance | None = None
+
+    @classmethod
+    def of(
+        cls, key: str, value: Mapping[str, Any], size: int = 0, advance: Advance | None = None
+    ) -> Change:
+        """One line of a commit, in the Hub's own words."""
+        return cls(b"%b\n" % json.dumps({"key": key, "value": value}).encode(), size, advance)
+
+    @classmethod
+    def content(cls, path: str, content: bytes, advance: Advance | None = None) -> Change:
+        """A file whose content travels in the commit."""
+        encoded = base64.b64encode(content).decode()
+        value = {"content": encoded, "path": path, "encoding": "base64"}
+        return cls.of("file", value, len(content), advance)
+
+    def finish(self) -> None:
+        """It is made: all of it has gone."""
+        if self.advance is not None:
+            self.advance(self.size)
+
+
+def _sample(path: str, content: bytes) -> dict[str, Any]:
+    """What the Hub wants to know of a content before it says where that goes."""
+    sample = base64.b64encode(content[:SAMPLE_BYTES]).decode()
+    return {"path": path, "sample": sample, "size": len(content)}
 
 
 def _remote_file(entry: Mapping[str, Any]) -> RemoteFile:
@@ -634,6 +782,45 @@ def _remote_file(entry: Mapping[str, Any]) -> RemoteFile:
     if lfs := entry.get("lfs"):
         return RemoteFile(path, int(lfs["size"]), oid, str(lfs["oid"]))
     return RemoteFile(path, int(entry["size"]), oid, "")
+
+
+def _sibling(row: Mapping[str, Any]) -> RemoteFile:
+    """A file as the document about a repository describes it."""
+    path, oid = str(row["rfilename"]), str(row["blobId"])
+    if lfs := row.get("lfs"):
+        return RemoteFile(path, int(lfs["size"]), oid, str(lfs["sha256"]))
+    return RemoteFile(path, int(row["size"]), oid, "")
+
+
+def git_ids(files: Iterable[RemoteFile]) -> dict[str, str]:
+    """The id that git gives each file and folder: a folder's is a hash over all that it holds.
+
+    Files count as plain ones: with programs or links among them the ids are others.
+    """
+    ids = {file.path: file.git_oid for file in files}
+    trees: dict[str, list[tuple[bytes, bytes]]] = {}
+    for path, oid in ids.items():
+        folder, _, name = path.rpartition("/")
+        trees.setdefault(folder, []).append(_tree_entry(name, b"100644", oid))
+    parents = {parent for folder in trees for parent in _parents(folder)}
+    for path in sorted({*trees, *parents} - {""}, key=lambda path: -path.count("/")):
+        tree = b"".join(entry for _, entry in sorted(trees[path]))
+        header = b"tree %d\0" % len(tree)
+        ids[path] = hashlib.sha1(header + tree, usedforsecurity=False).hexdigest()
+        folder, _, name = path.rpartition("/")
+        trees.setdefault(folder, []).append(_tree_entry(name, b"40000", ids[path]))
+    return ids
+
+
+def _tree_entry(name: str, mode: bytes, oid: str) -> tuple[bytes, bytes]:
+    """What git sorts an entry of a folder by, and the entry."""
+    order = f"{name}/" if mode == b"40000" else name
+    return order.encode(), b"%b %b\0%b" % (mode, name.encode(), bytes.fromhex(oid))
+
+
+def _parents(folder: str) -> Iterator[str]:
+    while folder := folder.rpartition("/")[0]:
+        yield folder
 
 
 def _limit_waiting(timeout: float) -> None:
@@ -745,7 +932,6 @@ def _is_text(path: str) -> bool:
 
 def require_within_limits(uploads: Sequence[Upload], remote: Mapping[str, RemoteFile]) -> None:
     """Raise RefusedError for what the Hub never takes; warn about what it discourages."""
-    folders: dict[str, int] = {}
     paths = {upload.path for upload in uploads} | set(remote)
     for upload in uploads:
         if upload.size > MAX_FILE_BYTES:
@@ -759,16 +945,19 @@ def require_within_limits(uploads: Sequence[Upload], remote: Mapping[str, Remote
                 f"{printable(upload.source)}: the Hub takes names in UTF-8 only",
                 "rename it, or leave it out with --exclude",
             )
-    for path in paths:
-        folder = path.rpartition("/")[0]
-        folders[folder] = folders.get(folder, 0) + 1
+    if len(paths) > MANY_FILES_A_FOLDER:
+        _warn_about_many(paths)
+
+
+def _warn_about_many(paths: Iterable[str]) -> None:
+    folders = collections.Counter(path.rpartition("/")[0] for path in paths)
     for folder, count in folders.items():
         if count > MANY_FILES_A_FOLDER:
             log.warning(
                 "%s would hold %d files; the Hub asks for at most 10,000 a folder", folder, count
             )
-    if len(paths) > MANY_FILES_A_REPO:
-        log.warning("the repository would hold %d files; the Hub asks for 100,000", len(paths))
+    if folders.total() > MANY_FILES_A_REPO:
+        log.warning("the repository would hold %d files; the Hub asks for 100,000", folders.total())
 
 
 class UploadRun:
@@ -816,20 +1005,23 @@ class UploadRun:
     def _attempt(
         self, plan: UploadPlan, remote: Mapping[str, RemoteFile], deletions: Sequence[str]
     ) -> str:
-        head = plan.commit
         rest = [self._uploads[path] for path in plan.paths("send")]
-        head = self._declare_csv(head, remote, rest)
+        head = self._declare_csv(plan.commit, remote, rest)
         *batches, last = list(self._batches(rest)) or [[]]
         committing = in_background(lambda: head)
         for batch in batches:
-            operations = self._prepared_beside(committing, batch)
-            commit = functools.partial(self._commit, operations, batch, committing.result())
+            changes = self._beside(committing, functools.partial(self._prepared, batch))
+            commit = functools.partial(self._commit, changes, batch, committing.result())
             committing = in_background(commit)
-        operations = self._prepared_beside(committing, last)
-        head = committing.result()
-        operations += [self._deletion(path) for path in deletions if path in remote]
-        operations += self._new_card(head, remote)
-        return self._commit(operations, last, head) if operations else head
+
+        def prepare_last() -> list[Change]:
+            changes = self._prepared(last)
+            goes = (path for path in deletions if path in remote)
+            changes += [Change.of("deletedFile", {"path": path}) for path in goes]
+            return changes + self._new_card(plan.commit, remote)
+
+        changes = self._beside(committing, prepare_last)
+        return self._commit(changes, last, committing.result())
 
     def _batches(self, uploads: Iterable[Upload]) -> Iterator[list[Upload]]:
         batch: list[Upload] = []
@@ -845,21 +1037,43 @@ class UploadRun:
         if batch:
             yield batch
 
-    def _prepared_beside(self, committing: Future[str], batch: Sequence[Upload]) -> list[Any]:
-        """Prepare a batch while the one before is committed: neither has to wait for the other."""
+    @staticmethod
+    def _beside(committing: Future[str], prepare: Callable[[], list[Change]]) -> list[Change]:
+        """Prepare a commit while the one before is made: neither has to wait for the other."""
         try:
-            return self._prepared(batch)
+            return prepare()
         except CloudError:
             wait([committing])  # the next attempt looks at what it has made
             raise
 
-    def _prepared(self, batch: Sequence[Upload]) -> list[Any]:
-        """Commit operations for files whose large content is already in the Hub's storage."""
-        if not batch:
-            return []
+    def _prepared(self, batch: Sequence[Upload]) -> list[Change]:
+        """What a commit says about files; larger content is in the Hub's storage by then."""
+        contents = {upload.path: self._read(upload) for upload in batch if _is_small(upload)}
+        places = self._repo.places_of(contents)
+        changes = [
+            Change.content(path, contents[path], self._progress.advance)
+            for path, place in places.items()
+            if place == "regular"
+        ]
+        stored = [upload for upload in batch if places.get(upload.path, "lfs") == "lfs"]
+        return changes + self._stored(stored, contents) if stored else changes
+
+    def _read(self, upload: Upload) -> bytes:
+        """The content of a small file, read once, to be hashed and sent."""
+        with local_errors(upload.source), open(upload.source, "rb", buffering=0) as stream:
+            content = stream.readall()
+            status = self._require_unchanged(upload, stream.fileno())
+        git = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
+        git.update(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        self._hashes.remember_digests(upload.source, status, sha256, git.hexdigest())
+        return content
+
+    def _stored(self, batch: Sequence[Upload], contents: Mapping[str, bytes]) -> list[Change]:
+        """Bring files to the Hub's storage, and say what a commit has to say about them."""
         make = _operation_class()
         with _client_errors(self._repo.settings):
-            operations = [self._operation(make, upload) for upload in batch]
+            operations = [self._operation(make, upload, contents) for upload in batch]
         large = [pair for pair in zip(batch, operations, strict=True) if not _is_small(pair[0])]
         try:
             self._send_large(operations)
@@ -871,26 +1085,20 @@ class UploadRun:
             status, info = self._require_unchanged(upload), operation.upload_info
             if getattr(info, "is_hashed", True):  # needs no second reading
                 self._hashes.remember(upload.source, "sha256", status, info.sha256.hex())
-        return operations
+        return [_change_of(one) for one in operations if not getattr(one, "_should_ignore", False)]
 
-    def _operation(self, make: Callable[..., Any], upload: Upload) -> Any:
-        """What adds a file to a commit; a small one is read here, once, to be hashed and sent."""
-        if not _is_small(upload):
+    def _operation(
+        self, make: Callable[..., Any], upload: Upload, contents: Mapping[str, bytes]
+    ) -> Any:
+        """What the client adds to a commit."""
+        if _is_small(upload):
+            operation = make(upload.path, contents[upload.path])
+        else:
             self._require_unchanged(upload)
             operation = make(upload.path, _as_it_is(upload.source))
             if not sends_by_xet():  # which hashes what it sends
                 known = self._hashes.sha256(upload.source)
                 operation.upload_info.sha256 = bytes.fromhex(known)
-        else:
-            with local_errors(upload.source), open(upload.source, "rb", buffering=0) as stream:
-                content = stream.readall()
-                status = self._require_unchanged(upload, stream.fileno())
-            operation = make(upload.path, content)
-            digest = hashlib.sha1(b"blob %d\0" % len(content), usedforsecurity=False)
-            digest.update(content)
-            self._hashes.remember(upload.source, "git", status, digest.hexdigest())
-            sha256 = operation.upload_info.sha256.hex()
-            self._hashes.remember(upload.source, "sha256", status, sha256)
         operation.advance = self._progress.advance
         return operation
 
@@ -898,7 +1106,7 @@ class UploadRun:
         """Bring large contents to the Hub's storage."""
         revision = self._repo.settings.revision
         try:
-            with _xet_progress(self._progress.advance):
+            with _xet_progress(self._progress.advance), _larger_pieces():
                 self._repo.call_once("preupload_lfs_files", additions=operations, revision=revision)
         except Exception:
             raise
@@ -919,20 +1127,20 @@ class UploadRun:
             )
         return status
 
-    def _commit(self, operations: Sequence[Any], batch: Sequence[Upload], parent: str) -> str:
+    def _commit(self, changes: Sequence[Change], batch: Sequence[Upload], parent: str) -> str:
+        if not changes:
+            return parent
         try:
-            commit = self._repo.commit(operations, self._message, parent)
+            commit = self._repo.commit(changes, self._message, parent)
         except ParentMovedError:
             raise
         except LinkLostError:
             self._most_files = max(50, self._most_files // 2)  # a commit may have been too large
             self._unanswered = parent, batch
             raise
-        if commit != parent:
-            self._count(commit, batch)
-        for operation in operations:
-            if hasattr(operation, "finish"):
-                operation.finish()
+        self._count(commit, batch)
+        for change in changes:
+            change.finish()
         return commit
 
     def _count(self, commit: str, batch: Sequence[Upload]) -> None:
@@ -959,24 +1167,22 @@ class UploadRun:
             return head
         text += "" if not text or text.endswith("\n") else "\n"
         content = f"{text}{CSV_IN_LFS}\n".encode()
-        return self._commit([_operation_class()(".gitattributes", content)], (), head)
+        return self._commit([Change.content(".gitattributes", content)], (), head)
 
-    def _new_card(self, head: str, remote: Mapping[str, RemoteFile]) -> list[Any]:
+    def _new_card(self, commit: str, remote: Mapping[str, RemoteFile]) -> list[Change]:
         if self._card is None:
             return []
         there = "README.md" in remote
-        old = self._repo.read("README.md", head) if there else None
+        old = self._repo.read("README.md", commit) if there else None
         text = old.decode("utf-8", "surrogateescape") if old is not None else None
         new = self._card(text)
         if new == text:
             return []
-        return [_operation_class()("README.md", new.encode("utf-8", "surrogateescape"))]
+        content = new.encode("utf-8", "surrogateescape")
+        self._repo.require_valid_card(content)
+        return [Change.content("README.md", content)]
 
-    @staticmethod
-    def _deletion(path: str) -> Any:
-        return need("huggingface_hub").CommitOperationDelete(path, is_folder=False)
-
-    def verify(self, commit: str) -> None:
+    def verify(self, commit: str) -> Mapping[str, RemoteFile]:
         """List the repository again and compare every file. Raises IntegrityError."""
         remote = self._repo.files(commit)
         for upload in self._uploads.values():
@@ -991,6 +1197,7 @@ class UploadRun:
                     f"{printable(upload.path)} in {self._repo.name} is not what was sent",
                     "run the same command again",
                 )
+        return remote
 
 
 def sends_by_xet() -> bool:
@@ -1006,6 +1213,12 @@ def hash_ahead(uploads: Sequence[Upload], hashes: HashCache) -> None:
         jobs = iter(large)
         for _ in range(min(HASH_THREADS, len(large))):
             in_background(lambda: [hashes.sha256(source) for source in jobs])
+
+
+def require_client(uploads: Iterable[Upload]) -> None:
+    """Import huggingface_hub if files need it: a broken one is told before anything is sent."""
+    if any(not _is_small(upload) for upload in uploads):
+        need("huggingface_hub")
 
 
 def _is_small(upload: Upload) -> bool:
@@ -1040,12 +1253,22 @@ def _operation_class() -> Any:
                 self.advance(position - self.counted)
                 self.counted = position
 
-        def finish(self) -> None:
+        def finish(self, size: int) -> None:
             """All of it has gone, one way or the other."""
             if not _counts_xet(self):
-                self.count_up_to(self.upload_info.size)
+                self.count_up_to(size)
 
     return CountedAddition
+
+
+def _change_of(operation: Any) -> Change:
+    """What a commit says about what the client has brought to the Hub's storage, or has not."""
+    path, info = operation.path_in_repo, operation.upload_info
+    if getattr(operation, "_upload_mode", None) != "lfs":  # larger text
+        with operation.as_file() as stream:
+            return Change.content(path, stream.read(), operation.finish)
+    value = {"path": path, "algo": "sha256", "oid": info.sha256.hex(), "size": info.size}
+    return Change.of("lfsFile", value, info.size, operation.finish)
 
 
 def _counts_xet(operation: Any) -> bool:
@@ -1066,6 +1289,32 @@ class _CountedFile(io.FileIO):
         data = super().read(-1 if size is None else size) or b""
         self._position(self.tell())
         return data
+
+
+@contextlib.contextmanager
+def _larger_pieces() -> Iterator[None]:
+    """Have the client read files in pieces of SEND_BYTES: each takes as long as its own of 64 kB.
+
+    The client offers no other way; where a version lacks the name, it does as it would by itself.
+    """
+    wire = _client_wire()
+    content = importlib.import_module(f"{wire.__name__}._content")
+    stream: Any = getattr(content, "IteratorByteStream", None)
+    original = getattr(stream, "CHUNK_SIZE", None)
+    if original is None:
+        yield
+        return
+    stream.CHUNK_SIZE = SEND_BYTES
+    try:
+        yield
+    finally:
+        stream.CHUNK_SIZE = original
+
+
+def _client_wire() -> Any:
+    """The HTTP library of huggingface_hub."""
+    client: Any = importlib.import_module("huggingface_hub.utils._http")
+    return getattr(client, "httpx2", None) or client.httpx  # 2.x and 1.x
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ bytes. It imports this file when a hf-command runs.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import posixpath
@@ -53,6 +54,7 @@ from hf_transport import (
     compare_download,
     compare_upload,
     hash_ahead,
+    require_client,
     require_within_limits,
 )
 
@@ -136,6 +138,29 @@ def _count(steps: Sequence[Step], action: str) -> int:
     return sum(step.action == action for step in steps)
 
 
+# ── listings ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def files_at(
+    repo: HubRepo, commit: str, hashes: HashCache, folder: str = ""
+) -> Mapping[str, RemoteFile]:
+    """The files of a folder at a commit, which never change: they are listed once."""
+    remembered = hashes.listing(f"{repo.url}/{folder}", commit)
+    with contextlib.suppress(TypeError):  # spoilt here: it is asked for again
+        if remembered is not None:
+            return {row[0]: RemoteFile(*row) for row in remembered}
+    files = repo.files(commit, folder)
+    remember_files(repo, commit, hashes, files, folder)
+    return files
+
+
+def remember_files(
+    repo: HubRepo, commit: str, hashes: HashCache, files: Mapping[str, RemoteFile], folder: str = ""
+) -> None:
+    """Note what a commit holds, so that nobody has to list it again."""
+    hashes.remember_listing(f"{repo.url}/{folder}", commit, files.values())
+
+
 # ── uploads ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -169,9 +194,9 @@ class HubSender(NamedTuple):
     ) -> HubUploadResult:  # fmt: skip
         """Compare, send and verify one kind of data; `owned` are the folders --delete may empty."""
         started = time.monotonic()
-        looking = in_background(self._look)
-        plan = _without_cache_folders(make_plan())
         with open_hash_cache() as hashes:
+            looking = in_background(lambda: self._look(hashes))
+            plan = _without_cache_folders(make_plan())
             hashes.load(plan.workspace)
             result = self._send(kind, plan, hashes, looking, message, owned or (kind.root,))
         return result._replace(
@@ -198,8 +223,10 @@ class HubSender(NamedTuple):
             return result
         if self.approve is not None:
             self.approve(steps)
+        sent = set(steps.paths("send"))
+        require_client(upload for upload in uploads if upload.path in sent)
         if not seen.commit:
-            seen = self._create()
+            seen = self._create(hashes)
             steps = compare_upload(uploads, seen.files, hashes, seen.commit, goes)
         wants_card = self.card and (steps.busy or "README.md" not in seen.files)
         make_card = functools.partial(self._card, kind, plan, uploads, hashes)
@@ -209,7 +236,7 @@ class HubSender(NamedTuple):
         commit = seen.commit
         if steps.busy or wants_card:
             commit = run.carry_out(steps, seen.files)
-            run.verify(commit)
+            remember_files(self.repo, commit, hashes, run.verify(commit))
         if self.tag and self.tag not in seen.tags:
             self.repo.call("create_tag", tag=self.tag, revision=commit, exist_ok=True)
         return result._replace(
@@ -219,13 +246,13 @@ class HubSender(NamedTuple):
 
     def _uploads(self, plan: Plan, root: str, hashes: HashCache) -> list[Upload]:
         uploads = []
+        folder = os.path.join(plan.workspace, "")
         for file in plan.files:
             below = file.below
             if self.parquet and below.endswith(".csv") and root != "workspace/":
                 uploads += self._parquet_twin(file, root, hashes)
             else:
-                source = os.path.join(file.workspace, below)
-                uploads.append(Upload(root + below, source, *file[2:]))
+                uploads.append(Upload(root + below, folder + below, *file[2:]))
         return uploads
 
     def _parquet_twin(self, file: PlannedFile, root: str, hashes: HashCache) -> list[Upload]:
@@ -262,7 +289,7 @@ class HubSender(NamedTuple):
 
         return goes
 
-    def _look(self) -> _Seen:
+    def _look(self, hashes: HashCache) -> _Seen:
         """What the repository holds; nothing, when it or the branch has to be made."""
         if not self.repo.settings.token:
             raise AccessError(
@@ -272,10 +299,7 @@ class HubSender(NamedTuple):
         try:
             private = self.repo.is_private()
             if self.private and not private:
-                raise RefusedError(
-                    f"{self.repo.settings.repo_id} is public; --private is for a new repository",
-                    "make it private in its settings on the Hub, or leave out --private",
-                )
+                raise self._is_public()
             self.repo.require_writable()
             commit = self.repo.head()
         except NotFoundError:
@@ -286,7 +310,8 @@ class HubSender(NamedTuple):
             log.warning(
                 "%s is private and stays so: --public is for a new repository", self.repo.name
             )
-        return _Seen(commit, self.repo.files(commit), self.repo.tags() if self.tag else {})
+        files = files_at(self.repo, commit, hashes)
+        return _Seen(commit, files, self.repo.tags() if self.tag else {})
 
     def _require_free_tag(self, seen: _Seen, busy: bool) -> None:
         """A tag may name the commit that is there already, not one that is about to be left."""
@@ -297,13 +322,22 @@ class HubSender(NamedTuple):
                 "choose another --tag",
             )
 
-    def _create(self) -> _Seen:
+    def _is_public(self) -> RefusedError:
+        return RefusedError(
+            f"{self.repo.settings.repo_id} is public; --private is for a new repository",
+            "make it private in its settings on the Hub, or leave out --private",
+        )
+
+    def _create(self, hashes: HashCache) -> _Seen:
         """Make the repository, a private one unless asked otherwise, and the branch."""
-        self.repo.call("create_repo", private=self.private is not False, exist_ok=True)
+        private = self.private is not False
+        made = self.repo.create(private)
+        if private and (made or self.private) and not self.repo.is_private():
+            raise self._is_public()
         if self.repo.settings.revision != "main":
             self.repo.call("create_branch", branch=self.repo.settings.revision, exist_ok=True)
         commit = self.repo.head()
-        return _Seen(commit, self.repo.files(commit), {})
+        return _Seen(commit, files_at(self.repo, commit, hashes), {})
 
     def _card(
         self, kind: HubKind, plan: Plan, uploads: Sequence[Upload], hashes: HashCache,
@@ -390,8 +424,8 @@ class HubReceiver(NamedTuple):
         """Compare, fetch and verify one kind of data, all of it from one commit."""
         started = time.monotonic()
         commit = self.repo.head()
-        downloads = self._wanted(kind, folder, self.repo.files_below(kind.root, commit))
         with open_hash_cache() as hashes:
+            downloads = self._wanted(kind, folder, files_at(self.repo, commit, hashes, kind.root))
             hashes.load(folder)
             steps = compare_download(downloads, hashes, self.force)
             result = HubDownloadResult(

@@ -17,6 +17,7 @@ from benchmarks.ssh_side import Route
 from tests.servers import SSHServer
 
 FASTER_CIPHER = ("-c", "aes128-gcm@openssh.com")
+LOOPBACK_RUNS, LINK_RUNS = 5, 3
 LINK_RATE = 125e6
 LINKS = ((0.050, 400, Target(at_most=0.45)), (0.150, 200, Target(at_most=0.25)))
 
@@ -27,7 +28,7 @@ def loopback(bench: Bench) -> None:
     with SSHServer(bench.fresh("loopback_server")) as server:
         route = Route(server, server.port, bench.fresh("loopback"))
         what = f"{payload.stat().st_size / 2**30:.4g} GiB over loopback"
-        _both_ways(bench, route, payload, what, Target(at_most=1.0))
+        _both_ways(bench, route, payload, what, Target(at_most=1.0), LOOPBACK_RUNS)
         _for_information(bench, route, payload, what)
         empty(server.storage)
     payload.unlink()
@@ -45,7 +46,7 @@ def link(bench: Bench) -> None:
             route = Route(server, far.port, bench.fresh("link"))
             size = payload.stat().st_size // 1_000_000
             what = f"{size} MB at {rtt * 1000:.0f} ms, 125 MB/s"
-            _both_ways(bench, route, payload, what, target)
+            _both_ways(bench, route, payload, what, target, LINK_RUNS)
         payload.unlink()
 
 
@@ -58,17 +59,19 @@ def _payload(bench: Bench, size: int) -> Path:
     return path
 
 
-def _both_ways(bench: Bench, route: Route, payload: Path, what: str, target: Target) -> None:
+def _both_ways(
+    bench: Bench, route: Route, payload: Path, what: str, target: Target, runs: int
+) -> None:
     """Compare with scp up, then down."""
     into = bench.fresh("downloads")
     start = route.scp()
     up = partial(route.upload, payload), partial(route.upload_with, start, payload)
-    bench.compare(f"{what}, up against scp", up, target)
+    bench.compare(f"{what}, up against scp", up, target, runs)
     down = (
         partial(route.download, payload, into),
         partial(route.download_with, start, payload, into),
     )
-    bench.compare(f"{what}, down against scp", down, target)
+    bench.compare(f"{what}, down against scp", down, target, runs)
     empty(into)
 
 

@@ -330,7 +330,7 @@ def test_every_python_example_runs(
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / made.path.name).write_bytes(made.path.read_bytes())
     opened = transfers.open_store
-    monkeypatch.setattr("transfers.open_store", lambda settings, _: opened(settings, "local"))
+    monkeypatch.setattr("transfers.open_store", lambda settings, *_: opened(settings, "local"))
     for block in python_examples(page):
         monkeypatch.setenv("PAPERSPACE_PATH", str(storage))
         code = block.replace("/storage/", f"{storage.as_posix()}/")
@@ -349,6 +349,8 @@ def at_home_on(hub: LocalHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Be the documented user, in a folder with a full workspace."""
     for name, value in hub.env("hf_username", XDG_CACHE_HOME=str(folder / "cache")).items():
         monkeypatch.setenv(name, value)
+    if "huggingface_hub" in sys.modules:  # it has read its settings already
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", not hub.xet)
     monkeypatch.chdir(folder)
     root = workspace(folder)
     for name in ("raw_data/ticks/2024-01.csv", "raw_data/cache/a.bin", "models/metrics/m.json"):

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from cloud_services import (
     RefusedError,
     TransferError,
 )
+from cloud_settings import HubSettings
+from hf_transport import HubRepo
 from tests.conftest import files, write_file
 from tests.local_hub import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, LocalHub
 from tests.servers import free_port
@@ -570,16 +572,118 @@ def test_a_file_longer_or_shorter_than_listed_is_no_success(hub: LocalHub, repo:
         assert not (BACK / f"EURUSD/{year}.csv").exists()
 
 
+def fill_with_many(hub: LocalHub, repo: str) -> None:
+    """A repository whose listing takes three pages."""
+    hub.create_repo(repo)
+    several = {f"ticks/{n % 9}/{n % 4}/{n}.csv": b"%d\n" % n for n in range(2100)}
+    named_like_folders = {"ticks/1.csv": b"1", "ticks/1-a": b"2", "ticks/10/ü.csv": b"3"}
+    hub.commit(repo, {**several, **named_like_folders, "ticks/a.npy": b"\0", "zz.md": b"4"})
+    hub.clear_requests()
+
+
+def listed(document: Any) -> dict[str, int]:
+    return {step["path"]: step["size"] for step in document["steps"]}
+
+
+def ticks_in(hub: LocalHub, repo: str) -> dict[str, int]:
+    rows = hub.tree(repo).items()
+    return {path: row["size"] for path, row in rows if path.startswith("ticks/")}
+
+
+def test_a_long_listing_is_one_document_that_gits_own_hashes_prove(
+    any_hub: LocalHub, repo: str
+) -> None:
+    fill_with_many(any_hub, repo)
+    plan = downloaded(any_hub, repo, "--dry-run")
+    assert listed(plan) == ticks_in(any_hub, repo)
+    asked = [one.path.partition("?")[2] for one in any_hub.requests("/api/", "GET")]
+    pages = ["recursive=true&expand=false", "recursive=false&expand=false"]
+    assert asked == ["expand=sha", pages[0], "blobs=true", pages[1]]
+    repository = HubRepo(HubSettings(repo, token=WRITE_TOKEN, endpoint=any_hub.url))
+    everything = repository.files(plan["commit"])
+    assert {path: file.size for path, file in everything.items()} == {
+        path: row["size"] for path, row in any_hub.tree(repo).items()
+    }
+    assert len(any_hub.requests("/tree/")) == 4
+
+
+def without_last(rows: list[Any]) -> None:
+    del rows[-1]
+
+
+def without_hash(rows: list[Any]) -> None:
+    del rows[7]["blobId"]
+
+
+def with_another_hash(rows: list[Any]) -> None:
+    rows[7]["blobId"] = "0" * 40
+
+
+def with_no_hash(rows: list[Any]) -> None:
+    rows[7]["blobId"] = None
+
+
+def renamed(rows: list[Any]) -> None:
+    rows[7]["rfilename"] += "x"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [without_last, without_hash, with_another_hash, with_no_hash, renamed, list.clear],
+    ids=lambda spoil: spoil.__name__,
+)
+def test_a_document_that_does_not_name_every_file_is_never_believed(
+    hub: LocalHub, repo: str, spoil: Callable[[list[Any]], None]
+) -> None:
+    """The real Hub may cut it short: https://github.com/huggingface/huggingface_hub/pull/3565"""
+    fill_with_many(hub, repo)
+    siblings = [
+        {"rfilename": path, "blobId": row["oid"], "size": row["size"]}
+        for path, row in hub.tree(repo).items()
+        if path.startswith("ticks/")
+    ]
+    spoil(siblings)
+    body = json.dumps({"sha": hub.commits(repo)[0]["id"], "siblings": siblings})
+    hub.fault("blobs=true", status=200, body=body, times=None)
+    assert listed(downloaded(hub, repo, "--dry-run")) == ticks_in(hub, repo)
+    assert len(hub.requests("/tree/.*cursor")) == 2
+
+
+@pytest.mark.parametrize(
+    "what",
+    [{"status": 504}, {"status": 403}, {"status": 404}, {"drop": True}, {"cut": 500},
+     {"status": 200, "body": "null"}],
+    ids=str,
+)  # fmt: skip
+def test_a_hub_without_that_document_is_listed_page_by_page(
+    hub: LocalHub, repo: str, what: dict[str, Any]
+) -> None:
+    fill_with_many(hub, repo)
+    hub.fault("blobs=true", times=None, **what)
+    assert listed(downloaded(hub, repo, "--dry-run")) == ticks_in(hub, repo)
+    assert len(hub.requests("blobs=true")) <= 2, "a connection that was kept is replaced once"
+
+
+@pytest.mark.parametrize("body", ["{}", "[]", '[{"path": "ticks"}]', "<html>"])
+def test_without_the_roots_listing_nothing_is_proven(hub: LocalHub, repo: str, body: str) -> None:
+    fill_with_many(hub, repo)
+    hub.fault("recursive=false", status=200, body=body, times=None)
+    assert listed(downloaded(hub, repo, "--dry-run")) == ticks_in(hub, repo)
+
+
 def test_a_listing_that_is_cut_or_has_a_broken_page_is_asked_for_again(
     hub: LocalHub, repo: str
 ) -> None:
     hub.create_repo(repo)
     hub.commit(repo, {f"ticks/{n}.csv": b"%d\n" % n for n in range(1050)})
+    hub.fault("blobs=true", status=500, times=None)
     hub.fault("/tree/.*cursor", cut=500)
     hub.fault("/tree/.*cursor", status=502)
     plan = downloaded(hub, repo, "--dry-run", hurried=True)
     assert len(plan["steps"]) == 1050
     hub.clear_faults()
+    hub.commit(repo, {"ticks/new.csv": b"1"})
+    hub.fault("blobs=true", status=500, times=None)
     hub.fault("/tree/.*cursor", status=200, body='[{"type": "file", "path": "ti', times=None)
     refused(down(hub, repo, "--dry-run", hurried=True), 7, "does not answer as the Hub does")
 

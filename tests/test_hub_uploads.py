@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import sysconfig
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 import cloud_services
-from cloud_services import HuggingFaceUploader
+from cloud_services import HuggingFaceUploader, cache_folder
 from cloud_settings import HubSettings
 from tests.conftest import files, make_hub_workspace, write_file
 from tests.local_hub import READ_TOKEN, STRANGER_TOKEN, WRITE_TOKEN, LocalHub
@@ -652,6 +653,53 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(
     assert "nothing to do" not in done.stdout, "4 files were sent"
 
 
+def test_nothing_changed_costs_three_requests_and_neither_listing_nor_client(
+    any_hub: LocalHub, repo: str, tmp_path: Path
+) -> None:
+    """A commit never changes: what it holds is listed once and remembered."""
+    random_file(TICKS / "a.npy", 50_000)
+    uploaded(any_hub, repo)
+    any_hub.clear_requests()
+    write_file(tmp_path / "broken/huggingface_hub/__init__.py", b"raise ImportError\n")
+    broken = {"PYTHONPATH": str(tmp_path / "broken")}
+    assert uploaded(any_hub, repo, env=broken)["commits"] == 0
+    asked = [one.path.partition(repo)[2] for one in any_hub.requests()]
+    assert asked == ["?expand=private", "/auth-check/write", "/revision/main?expand=sha"]
+    any_hub.commit(repo, {"ticks/b.csv": b"somebody else's"})
+    write_file(TICKS / "b.csv", b"ours")
+    changes = actions(uploaded(any_hub, repo))
+    assert {path for path, action in changes.items() if action == "send"} == {"ticks/b.csv"}
+    assert holds(any_hub, repo) == files(TICKS)
+
+
+def test_a_listing_that_was_spoilt_here_is_asked_for_again(hub: LocalHub, repo: str) -> None:
+    uploaded(hub, repo)
+    with sqlite3.connect(cache_folder() / "files.sqlite") as database:
+        for rows in ("[[1]]", '[["ticks/a.csv"', "7", "null"):
+            database.execute("UPDATE listed SET rows = ?", (rows,))
+            database.commit()
+            hub.clear_requests()
+            assert uploaded(hub, repo)["commits"] == 0, rows
+            assert len(hub.requests("/tree/")) == 1, rows
+
+
+def test_a_repository_that_a_hub_makes_public_all_the_same_gets_no_file(
+    hub: LocalHub, repo: str
+) -> None:
+    hub.fault("expand=private", after=1, status=200, body='{"private": false}')
+    refused(up(hub, repo), 10, "is public")
+    assert names(hub, repo) == set()
+
+
+def test_a_card_that_the_hub_would_refuse_is_refused_before_its_commit(
+    hub: LocalHub, repo: str
+) -> None:
+    hub.fault("/validate-yaml", status=400, body='{"error": "no YAML"}', times=None)
+    done = hf(hub, "hf-upload-ticks", "--repo-id", repo)
+    refused(done, 7, "status 400", "no YAML")
+    assert names(hub, repo) == set()
+
+
 def test_somebody_else_who_commits_in_between_loses_nothing(any_hub: LocalHub, repo: str) -> None:
     any_hub.create_repo(repo)
     any_hub.fault("/commit/", times=2, intrude=True)
@@ -930,6 +978,9 @@ def test_without_huggingface_hub_the_pip_line_is_shown_before_anything_else(
     hide = "sys.path[:] = [path for path in sys.path if 'site-packages' not in path]\n"
     broken = tmp_path / "broken"
     write_file(broken / "huggingface_hub/__init__.py", b"raise ImportError('half installed')\n")
+    uploaded(hub, f"{repo}-small", env={"PYTHONPATH": str(broken)})  # needs nothing of it
+    hub.clear_requests()
+    random_file(TICKS / "large.npy", 2 * MIB)
     for done in (
         up(hub, repo, hurried=hide),
         up(hub, repo, env={"PYTHONPATH": str(broken)}),

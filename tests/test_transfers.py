@@ -598,7 +598,9 @@ class small_disk:  # noqa: N801 - reads as a context, as tmp_path does
         subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
 
 
-@pytest.mark.parametrize("size", [0, 5, transfers.SEGMENT_BYTES, 5 * transfers.SEGMENT_BYTES + 1])
+@pytest.mark.parametrize(
+    "size", [0, 5, cloud_services.SEGMENT_BYTES, 5 * cloud_services.SEGMENT_BYTES + 1]
+)
 @pytest.mark.parametrize("patient", [True, False])
 def test_what_was_hashed_ahead_is_neither_lost_nor_counted_twice(
     tmp_path: Path, size: int, patient: bool
