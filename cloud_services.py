@@ -1484,8 +1484,8 @@ if TYPE_CHECKING:
 SATELLITES = (
     "cloud_settings", "transfers", "ssh_transport", "hash_cache", "hf_transport", "hub_sync",
     "hub_cards", "s3_wire", "s3_transport", "s3_mirror", "s3_checkpoints", "s3_results",
-    "docker_images", "metrics_commands", "metrics_runs", "ssh_tunnel", "ssh_wire",
-    "tensorboard_views", "wandb_runs", "cloud_jobs",
+    "docker_images", "hub_commands", "s3_commands", "metrics_commands", "metrics_runs",
+    "ssh_tunnel", "ssh_wire", "tensorboard_views", "wandb_runs", "cloud_jobs",
 )  # fmt: skip
 """Modules beside this one, imported by the methods that need them."""
 
@@ -2024,7 +2024,6 @@ class HuggingFaceDownloader:
 # ── S3 ───────────────────────────────────────────────────────────────────────────────────────────
 
 if TYPE_CHECKING:
-    from docker_images import ImageStore
     from s3_checkpoints import Checkpoint
     from s3_results import S3Fetched, S3Mirrored, S3Pruned, S3Sent
     from s3_transport import Bucket, Check, ObjectInfo
@@ -2087,7 +2086,7 @@ class S3Sync:
         if path.is_dir():
             raise UsageError(
                 f"{printable(path)} is a folder: checkpoints in pieces are not supported",
-                f"send it as files: python cloud_services.py s3-upload-dataset {_shown(path)}",
+                f"send it as files: python cloud_services.py s3-upload-dataset {shell_word(path)}",
             )
         key = key or self.bucket.key("checkpoints", path.name)
         with open_hash_cache() as hashes:
@@ -2430,6 +2429,12 @@ def command(name: str, *arguments: Argument) -> Callable[[Handler], Handler]:
     return register
 
 
+def later_commands(module: str, summaries: Mapping[str, str]) -> None:
+    """Register what the satellite `module` has, by the first lines of its handlers' docstrings."""
+    for name, summary in summaries.items():
+        COMMANDS[name] = LaterCommand(name, summary, module)
+
+
 def all_commands() -> list[Command]:
     """Every subcommand, those of the satellites that are here included."""
     return [entry.loaded() for entry in list(COMMANDS.values()) if _is_here(entry)]
@@ -2693,12 +2698,6 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{printable(text)!r} is no number from 1 on")
-    return int(text)
-
-
 def _positive(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 64:
         raise UsageError(f"{printable(text)!r} is no number from 1 to 64")
@@ -2784,6 +2783,25 @@ METHOD = Argument(
     default="scp",
     help="scp: over SSH, built in; rsync: the system's; local: a mounted folder (default: scp)",
 )
+S3 = (
+    Argument("--bucket", help="the bucket, or s3://bucket/prefix (S3_BUCKET)"),
+    Argument("--prefix", help="the folder in the bucket (S3_PREFIX; default: none)"),
+    Argument("--endpoint-url", metavar="URL", help="the server (AWS_ENDPOINT_URL; default: AWS)"),
+    Argument("--region", help="the region (AWS_DEFAULT_REGION; default: as boto3 would)"),
+    Argument("--profile", help="a profile of ~/.aws (AWS_PROFILE)"),
+    Argument(
+        "--max-concurrency", type=checked(_positive), metavar="N",
+        help="requests at once (AWS_S3_MAX_CONCURRENCY; default: by size and distance)",
+    ),
+    Argument(
+        "--limit-rate", type=checked(parse_size), metavar="RATE",
+        help="at most this many bytes per second, such as 20M",
+    ),
+    Argument(
+        "--timeout", type=checked(parse_seconds), metavar="SECONDS",
+        help="silence after which a connection is dead (default: 60)",
+    ),
+)  # fmt: skip
 
 
 def _output(stem: str) -> Argument:
@@ -2795,6 +2813,13 @@ def _output(stem: str) -> Argument:
     )
 
 
+def local_dir_flag(default: str) -> Argument:
+    """The flag of the folder that a download goes to."""
+    return Argument(
+        "--local-dir", default=default, metavar="DIR", help=f"the folder here (default: {default})"
+    )
+
+
 @command("create-training-archive", _output("training_data"), *TICKS, WORKSPACE, EXCLUDE, DRY_RUN)
 def create_training_archive(args: argparse.Namespace, console: Console) -> Outcome:
     """Pack the training data of a workspace into a .tar.gz.
@@ -2803,12 +2828,12 @@ def create_training_archive(args: argparse.Namespace, console: Console) -> Outco
     credentials) never go in; what was left out is listed. Unpack it with tar -xzf and check it with
     sha256sum -c training.sha256, or use extract-archive.
     """
-    plan = _agreed_training_plan(args, console)
+    plan = agreed_training_plan(args, console)
     output = args.output or timestamped("training_data")
     if args.dry_run:
-        return _plan_outcome(plan, output)
+        return plan_outcome(plan, output)
     result = create_archive(plan, output, console.progress())
-    return _archive_outcome(result, f"upload-training --archive {_shown(result.path)}", console)
+    return _archive_outcome(result, f"upload-training --archive {shell_word(result.path)}", console)
 
 
 @command(
@@ -2836,16 +2861,16 @@ def upload_training(args: argparse.Namespace, console: Console) -> Outcome:
     is interrupted, the same command continues it and sends only what is missing.
     """
     uploader = PaperspaceUploader(path=args.path, **connection_settings(args, console))
-    archive = Path(args.archive) if args.archive else _agreed_training_plan(args, console)
+    archive = Path(args.archive) if args.archive else agreed_training_plan(args, console)
     if args.dry_run:
         where = f"{uploader.settings.host}:{uploader.settings.path} by {args.method}"
         return (
-            _plan_outcome(archive, where)
+            plan_outcome(archive, where)
             if isinstance(archive, Plan)
-            else _file_outcome(archive, where)
+            else file_outcome(archive, where)
         )
     if isinstance(archive, Plan):
-        _list_left_out(archive.left_out, console)
+        list_left_out(archive.left_out, console)
     result = uploader.upload_paperspace_training_data(archive, args.method, args.extract)
     return _upload_outcome(result, uploader.settings, args.method)
 
@@ -2885,10 +2910,10 @@ def create_results_archive(args: argparse.Namespace, console: Console) -> Outcom
     plan = plan_results(args.workspace, args.exclude)
     output = args.output or timestamped("results")
     if args.dry_run:
-        return _plan_outcome(plan, output)
+        return plan_outcome(plan, output)
     result = create_archive(plan, output, console.progress())
     return _archive_outcome(
-        result, f"download-results --path {_shown(result.path.resolve())}", console
+        result, f"download-results --path {shell_word(result.path.resolve())}", console
     )
 
 
@@ -2922,622 +2947,45 @@ def download_results(args: argparse.Namespace, console: Console) -> Outcome:
     return _download_outcome(result)
 
 
-REPO = Argument("--repo-id", required=True, metavar="USER/NAME", help="the repository on the Hub")
-TOKEN = Argument(
-    "--token", help="a Hugging Face token, or - to read it from standard input (HF_TOKEN)"
-)
-REPO_TYPE = Argument(
-    "--repo-type",
-    choices=HUB_REPO_TYPES,
-    default="model",
-    help="kind of repository (default: model)",
-)
-HUB_UPLOAD = (
-    REPO, TOKEN,
-    Argument(
-        "--private", action="store_true", default=None,
-        help="make a missing repository a private one (the default); refuse a public one",
-    ),
-    Argument(
-        "--public", dest="private", action="store_false", help="make a missing repository public"
-    ),
-    Argument("--no-create", action="store_true", help="fail when the repository is missing"),
-    Argument("--revision", metavar="BRANCH", help="the branch to write to (default: main)"),
-    Argument("--tag", metavar="NAME", help="give the final commit this name"),
-    EXCLUDE,
-    Argument(
-        "--delete", action="store_true", help="remove files there that are gone here; asks first"
-    ),
-    Argument("--no-card", action="store_true", help="leave README.md as it is"),
-    DRY_RUN,
-)  # fmt: skip
-PARQUET = Argument(
-    "--parquet", action="store_true", help="send CSVs as zstd parquet, with a schema beside each"
-)
-HUB_DOWNLOAD = (
-    REPO, TOKEN,
-    Argument("--revision", metavar="NAME", help="a branch, tag or commit (default: main)"),
-    Argument(
-        "--include", action="append", default=[], metavar="GLOB",
-        help="fetch only these; repeatable",
-    ),
-    EXCLUDE,
-    Argument("--force", action="store_true", help="replace files that were changed here"),
-    Argument("--verify", action="store_true", help="compare only, fetch nothing"),
-    DRY_RUN,
-)  # fmt: skip
-
-
-def _message(default: str) -> Argument:
-    return Argument(
-        "--commit-message", default=default, metavar="TEXT", help=f'(default: "{default}")'
-    )
-
-
-def _local_dir(default: str) -> Argument:
-    return Argument(
-        "--local-dir", default=default, metavar="DIR", help=f"the folder here (default: {default})"
-    )
-
-
-@command(
-    "hf-upload-ticks", *HUB_UPLOAD, PARQUET,
-    Argument(
-        "--ticks-dir", default="workspace/raw_data/ticks", metavar="DIR",
-        help="the ticks here (default: workspace/raw_data/ticks)",
-    ),
-    _message("Upload tick data"),
-)  # fmt: skip
-def hf_upload_ticks(args: argparse.Namespace, console: Console) -> Outcome:
-    """Send tick data to a dataset repository on the Hugging Face Hub.
-
-    Only what is new or changed is sent; in the end every file is compared. When it is interrupted,
-    the same command continues.
-    """
-    uploader = _hub_uploader(args, console)
-    return _hub_upload_outcome(
-        uploader.upload_hf_ticks(args.ticks_dir, args.commit_message), console
-    )
-
-
-@command(
-    "hf-upload-training", *HUB_UPLOAD, WORKSPACE,
-    Argument(
-        "--include-scalers", action="store_true", default=True, help="include scalers (the default)"
-    ),
-    Argument(
-        "--no-scalers", dest="include_scalers", action="store_false", help="leave out the scalers"
-    ),
-    Argument("--include-cache", action="store_true", help="include raw_data/cache/"),
-    _message("Upload training data"),
-)  # fmt: skip
-def hf_upload_training(args: argparse.Namespace, console: Console) -> Outcome:
-    """Send the three feature files and the scalers to a dataset repository on the Hub."""
-    result = _hub_uploader(args, console).upload_hf_training_data(
-        args.include_scalers, args.include_cache, args.commit_message
-    )
-    return _hub_upload_outcome(result, console)
-
-
-@command(
-    "hf-upload-features", *HUB_UPLOAD, PARQUET,
-    Argument(
-        "--analysis-dir", default="workspace/analysis-of-features", metavar="DIR",
-        help="the analysis here (default: workspace/analysis-of-features)",
-    ),
-    _message("Upload feature analysis results"),
-)  # fmt: skip
-def hf_upload_features(args: argparse.Namespace, console: Console) -> Outcome:
-    """Send the results of a feature analysis to a dataset repository on the Hub."""
-    result = _hub_uploader(args, console).upload_hf_feature_analysis(
-        args.analysis_dir, args.commit_message
-    )
-    return _hub_upload_outcome(result, console)
-
-
-@command(
-    "hf-upload-results", *HUB_UPLOAD, REPO_TYPE, WORKSPACE, _message("Upload training results")
-)
-def hf_upload_results(args: argparse.Namespace, console: Console) -> Outcome:
-    """Send checkpoints, metrics and scalers to a models repository on the Hub."""
-    result = _hub_uploader(args, console).upload_hf_results(args.commit_message)
-    return _hub_upload_outcome(result, console)
-
-
-@command("hf-download-ticks", *HUB_DOWNLOAD, _local_dir("workspace/raw_data/ticks"))
-def hf_download_ticks(args: argparse.Namespace, console: Console) -> Outcome:
-    """Fetch tick data from a dataset repository on the Hugging Face Hub.
-
-    Everything comes from one commit, and each file gets its name after its hash was compared. What
-    was changed here is not replaced without --force. The same command continues what was
-    interrupted.
-    """
-    return _hub_download_outcome(_hub_downloader(args, console).download_hf_ticks(args.local_dir))
-
-
-@command("hf-download-training", *HUB_DOWNLOAD, _local_dir("workspace"))
-def hf_download_training(args: argparse.Namespace, console: Console) -> Outcome:
-    """Fetch training data from the Hub into a workspace."""
-    downloader = _hub_downloader(args, console)
-    return _hub_download_outcome(downloader.download_hf_training_data(args.local_dir))
-
-
-@command("hf-download-features", *HUB_DOWNLOAD, _local_dir("workspace/analysis-of-features"))
-def hf_download_features(args: argparse.Namespace, console: Console) -> Outcome:
-    """Fetch the results of a feature analysis from the Hub."""
-    downloader = _hub_downloader(args, console)
-    return _hub_download_outcome(downloader.download_hf_feature_analysis(args.local_dir))
-
-
-@command("hf-download-results", *HUB_DOWNLOAD, REPO_TYPE, _local_dir("workspace"))
-def hf_download_results(args: argparse.Namespace, console: Console) -> Outcome:
-    """Fetch checkpoints, metrics and scalers from a models repository on the Hub."""
-    return _hub_download_outcome(_hub_downloader(args, console).download_hf_results(args.local_dir))
-
-
-def _given_token(args: argparse.Namespace, console: Console) -> str | None:
-    if args.token == "-":  # noqa: S105 - no password, but the word for standard input
-        token = sys.stdin.readline().strip() if sys.stdin else ""
-        if not token:
-            raise UsageError(
-                "--token - got no token on standard input", "echo $TOKEN | … --token -"
-            )
-        return token
-    if args.token:
-        console.note("--token is visible to other users of this machine: HF_TOKEN is not")
-    return cast("str | None", args.token)
-
-
-def _hub_uploader(args: argparse.Namespace, console: Console) -> HuggingFaceUploader:
-    def approve(plan: UploadPlan) -> None:
-        gone = plan.paths("delete")
-        for path in gone[:20]:
-            console.note(f"to be removed from {args.repo_id}: {printable(path)}")
-        question = f"Remove {len(gone)} files from {args.repo_id} that are gone here?"
-        if gone and not console.ask(question, "--yes"):
-            raise RefusedError("nothing was sent or removed", "leave out --delete")
-
-    return HuggingFaceUploader(
-        args.repo_id, _given_token(args, console),
-        repo_type=getattr(args, "repo_type", "dataset"), revision=args.revision,
-        private=args.private, create=not args.no_create, tag=args.tag, exclude=args.exclude,
-        delete=args.delete, parquet=getattr(args, "parquet", False), card=not args.no_card,
-        dry_run=args.dry_run, workspace=getattr(args, "workspace", "workspace"),
-        progress=console.progress(), approve=approve,
-    )  # fmt: skip
-
-
-def _hub_downloader(args: argparse.Namespace, console: Console) -> HuggingFaceDownloader:
-    return HuggingFaceDownloader(
-        args.repo_id, _given_token(args, console),
-        repo_type=getattr(args, "repo_type", "dataset"), revision=args.revision,
-        include=args.include, exclude=args.exclude, force=args.force, verify=args.verify,
-        dry_run=args.dry_run, progress=console.progress(),
-    )  # fmt: skip
-
-
-def _hub_upload_outcome(result: HubUploadResult, console: Console) -> Outcome:
-    _list_left_out(result.left_out, console)
-    if result.dry_run:
-        return Outcome(result, [*result.rows()], _step_lines(result.steps))
-    return Outcome(result, [*result.rows()], next_command=result.restore)
-
-
-def _step_lines(steps: Sequence[Step]) -> Iterator[str]:
-    for step in steps:
-        yield f"{step.size:>14}  {step.action:<6}  {printable(step.path)} ({step.reason})"
-
-
-def _hub_download_outcome(result: HubDownloadResult) -> Outcome:
-    lines = _step_lines(result.steps) if result.dry_run else ()
-    failed = ExitCode.INTEGRITY if result.compared_only else ExitCode.PARTIAL
-    return Outcome(result, [*result.rows()], lines, exit_code=ExitCode.DONE if result else failed)
-
-
-S3 = (
-    Argument("--bucket", help="the bucket, or s3://bucket/prefix (S3_BUCKET)"),
-    Argument("--prefix", help="the folder in the bucket (S3_PREFIX; default: none)"),
-    Argument("--endpoint-url", metavar="URL", help="the server (AWS_ENDPOINT_URL; default: AWS)"),
-    Argument("--region", help="the region (AWS_DEFAULT_REGION; default: as boto3 would)"),
-    Argument("--profile", help="a profile of ~/.aws (AWS_PROFILE)"),
-    Argument(
-        "--max-concurrency", type=checked(_positive), metavar="N",
-        help="requests at once (AWS_S3_MAX_CONCURRENCY; default: by size and distance)",
-    ),
-    Argument(
-        "--limit-rate", type=checked(parse_size), metavar="RATE",
-        help="at most this many bytes per second, such as 20M",
-    ),
-    Argument(
-        "--timeout", type=checked(parse_seconds), metavar="SECONDS",
-        help="silence after which a connection is dead (default: 60)",
-    ),
-)  # fmt: skip
-BY = Argument(
-    "--by", default="step", metavar="ORDER",
-    help="step, time, or a metric in the names: val_loss is lowest, val_acc:max highest"
-    " (default: step)",
-)  # fmt: skip
-INCLUDE = Argument(
-    "--include", action="append", default=[], metavar="GLOB", help="only these; repeatable"
-)
-CHECKSUM = Argument(
-    "--checksum", action="store_true",
-    help="trust no remembered digest: read every file, ask every object",
-)  # fmt: skip
-EXTRACT = Argument("--extract", action="store_true", help="unpack it there once it is verified")
-ARCHIVE = Argument("--archive", metavar="FILE", help="send this archive instead of packing")
-ARCHIVE_NAME = Argument("name", nargs="?", metavar="NAME", help="an archive (default: the newest)")
-
-
-@command("s3-upload-checkpoint", Argument("file", metavar="FILE", help="the checkpoint"), *S3)
-def s3_upload_checkpoint(args: argparse.Namespace, console: Console) -> Outcome:
-    """Store a checkpoint in the bucket as checkpoints/<name>.
-
-    Unchanged content is not sent, and content that is there under another name (last.ckpt) is
-    copied by the server. A large file continues where an earlier run stopped.
-    """
-    return _s3_outcome(s3_sync(args, console).upload_checkpoint(args.file))
-
-
-@command("s3-list-checkpoints", *S3)
-def s3_list_checkpoints(args: argparse.Namespace, console: Console) -> Outcome:
-    """List the checkpoints in the bucket, the newest last: time, size, name, epoch, step, metrics.
-
-    Step and epoch come from the name, or from the file itself when it was sent from here.
-    """
-    found = s3_sync(args, console).list_checkpoints()
-    width = max((len(str(one.size)) for one in found), default=0)
-    lines = [
-        f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one.mtime))}  {one.size:>{width}}  "
-        f"{printable(one.name)}{_progress_text(one)}"
-        for one in found
-    ]
-    if not found:
-        console.note("no checkpoints yet")
-    return Outcome({"checkpoints": found}, lines=lines)
-
-
-def _progress_text(one: Checkpoint) -> str:
-    """What a checkpoint's own name leaves unsaid."""
-    known = {"epoch": one.epoch, "step": one.step, **one.metrics}
-    shown = (f"{label} {value:g}" for label, value in known.items() if value is not None)
-    return "".join(f"  {word}" for word in shown)
-
-
-@command(
-    "s3-download-checkpoint",
-    Argument("name", metavar="NAME", help="its name, as s3-list-checkpoints shows it"),
-    _local_dir("checkpoints"), *S3,
-)  # fmt: skip
-def s3_download_checkpoint(args: argparse.Namespace, console: Console) -> Outcome:
-    """Fetch one checkpoint; it gets its name after its SHA-256 was compared."""
-    return _s3_outcome(s3_sync(args, console).download_checkpoint(args.name, args.local_dir))
-
-
-@command("s3-download-latest", BY, _local_dir("checkpoints"), *S3)
-def s3_download_latest(args: argparse.Namespace, console: Console) -> Outcome:
-    """Fetch the checkpoint of the highest step, or the best by --by.
-
-    A damaged or partial one is passed over, and named.
-    """
-    return _s3_outcome(s3_sync(args, console).download_latest(args.local_dir, args.by))
-
-
-@command(
-    "s3-prune-checkpoints",
-    Argument(
-        "--keep", type=checked(_count), required=True, metavar="N", help="keep the newest N"
-    ),
-    Argument("--by", default="", metavar="METRIC", help="keep the best by this metric, too"),
-    DRY_RUN, *S3,
-)  # fmt: skip
-def s3_prune_checkpoints(args: argparse.Namespace, console: Console) -> Outcome:
-    """Remove old checkpoints from the bucket, after a question.
-
-    The newest N stay, the best by --by, and whatever last.ckpt holds.
-    """
-    result = s3_sync(args, console).prune_checkpoints(args.keep, args.by)
-    verb = "would be removed" if result.dry_run else "removed"
-    lines = [f"{verb}  {printable(name)}" for name in result.removed]
-    rows = [("kept", f"{len(result.kept)} checkpoints"), (verb, f"{len(result.removed)}")]
-    rows.append(("room", human_bytes(result.freed)))
-    rows += [("failed", printable(failure)) for failure in result.failures]
-    return Outcome(result, rows, lines, exit_code=_partial_unless(bool(result)))
-
-
-@command(
-    "s3-resume",
-    Argument(
-        "checkpoint", nargs="?", metavar="CHECKPOINT",
-        help="s3, or a path that is taken as it is (CHECKPOINT; default: s3)",
-    ),
-    BY, _local_dir("checkpoints"),
-    Argument(
-        "--allow-fresh", action="store_true",
-        help="print an empty line when there is no checkpoint yet",
-    ),
-    *S3,
-)  # fmt: skip
-def s3_resume(args: argparse.Namespace, console: Console) -> Outcome:
-    """Print the path of the checkpoint to resume from, fetching it if needed.
-
-    For scripts: python train.py --ckpt "$(python cloud_services.py s3-resume --allow-fresh)". A
-    damaged or partial checkpoint is passed over for the next; when none is left, it is an error.
-    """
-    chosen = args.checkpoint or os.environ.get("CHECKPOINT") or dotenv_settings().get("CHECKPOINT")
-    if chosen and chosen != "s3":
-        if not os.path.exists(chosen):
-            raise NotFoundError(
-                f"the checkpoint {printable(chosen)} does not exist",
-                "name another in CHECKPOINT, or CHECKPOINT=s3",
-            )
-        return Outcome({"path": chosen}, lines=[chosen])
-    try:
-        fetched = s3_sync(args, console).download_latest(args.local_dir, args.by)
-    except NothingYetError:
-        if not args.allow_fresh:
-            raise
-        console.note("no checkpoint yet: a fresh start")
-        return Outcome({"path": None}, lines=[""])
-    return Outcome(fetched, lines=[str(fetched.path)])
-
-
-@command(
-    "s3-upload-logs",
-    Argument("folder", metavar="DIR", help="the logs of one run, such as lightning_logs/version_3"),
-    Argument("--run", metavar="NAME", help="the run (default: the folder's name)"),
-    Argument(
-        "--watch", type=checked(parse_seconds), metavar="SECONDS",
-        help="look again every so often, until interrupted",
-    ),
-    DRY_RUN, *S3,
-)  # fmt: skip
-def s3_upload_logs(args: argparse.Namespace, console: Console) -> Outcome:
-    """Mirror the TensorBoard logs of a run to logs/<run>/ in the bucket.
-
-    A file that grows meanwhile is sent as it was at one moment. Checkpoints and *.tmp stay out.
-    """
-    sync = s3_sync(args, console)
-    if not args.watch:
-        return _s3_mirror_outcome(sync.upload_logs(args.folder, args.run), console)
-    try:
-        while True:
-            _look_once(sync, args, console)
-            time.sleep(args.watch)
-    except (KeyboardInterrupt, Terminated):  # what was written last goes as well
-        _look_once(sync, args, console)
-        raise
-
-
-def _look_once(sync: S3Sync, args: argparse.Namespace, console: Console) -> None:
-    """Send what is new; a storage that is away may be back by the next time."""
-    try:
-        result = sync.upload_logs(args.folder, args.run)
-    except TransferError as error:
-        log.warning("%s", error)
-        return
-    for failure in result.failures:
-        log.warning("%s", printable(failure))
-    if result.sent:
-        amount = f"{human_bytes(result.moved)} in files: {result.sent:,}"
-        console.note(f"{time.strftime('%H:%M:%S')} sent {amount}, to {result.place}")
-
-
-@command(
-    "s3-download-logs",
-    Argument("run", nargs="?", metavar="RUN", help="one run (default: all)"),
-    Argument("--delete", action="store_true", help="remove files here that are gone there; asks"),
-    _local_dir("logs"), DRY_RUN, *S3,
-)  # fmt: skip
-def s3_download_logs(args: argparse.Namespace, console: Console) -> Outcome:
-    """Fetch the logs of one run, or of all, into a folder for TensorBoard."""
-    result = s3_sync(args, console).download_logs(args.run, args.local_dir, args.delete)
-    return _s3_mirror_outcome(result, console)
-
-
-@command(
-    "s3-upload-dataset",
-    Argument("folder", metavar="DIR", help="the dataset here"),
-    Argument("--name", metavar="NAME", help="its name there (default: the folder's)"),
-    INCLUDE, EXCLUDE,
-    Argument("--delete", action="store_true", help="remove objects that are gone here; asks first"),
-    CHECKSUM, DRY_RUN, *S3,
-)  # fmt: skip
-def s3_upload_dataset(args: argparse.Namespace, console: Console) -> Outcome:
-    """Mirror a folder to datasets/<name>/ in the bucket.
-
-    What differs is decided by size and SHA-256, not by time. Secrets stay out. The same command
-    continues what was interrupted.
-    """
-    result = s3_sync(args, console).upload_dataset(
-        args.folder, args.name, include=args.include, exclude=args.exclude, delete=args.delete,
-        checksum=args.checksum,
-    )  # fmt: skip
-    return _s3_mirror_outcome(result, console)
-
-
-@command(
-    "s3-download-dataset",
-    Argument("name", nargs="?", metavar="NAME", help="the dataset (default: the only one there)"),
-    Argument("--local-dir", metavar="DIR", help="the folder here (default: the dataset's name)"),
-    INCLUDE, EXCLUDE,
-    Argument("--delete", action="store_true", help="remove files here that are gone there; asks"),
-    CHECKSUM, DRY_RUN, *S3,
-)  # fmt: skip
-def s3_download_dataset(args: argparse.Namespace, console: Console) -> Outcome:
-    """Mirror datasets/<name>/ of the bucket into a folder here."""
-    result = s3_sync(args, console).download_dataset(
-        args.name, args.local_dir, include=args.include, exclude=args.exclude, delete=args.delete,
-        checksum=args.checksum,
-    )  # fmt: skip
-    return _s3_mirror_outcome(result, console)
-
-
-@command("s3-upload-training", *TICKS, WORKSPACE, EXCLUDE, ARCHIVE, DRY_RUN, *S3)
-def s3_upload_training(args: argparse.Namespace, console: Console) -> Outcome:
-    """Pack the training data and store it in training/, in one pass; or store an archive."""
-    sync = s3_sync(args, console)
-    archive = Path(args.archive) if args.archive else _agreed_training_plan(args, console)
-    return _s3_archive_outcome(sync, archive, "training", console)
-
-
-@command("s3-upload-results", WORKSPACE, EXCLUDE, ARCHIVE, DRY_RUN, *S3)
-def s3_upload_results(args: argparse.Namespace, console: Console) -> Outcome:
-    """Pack the results and store them in results/, in one pass; or store an archive."""
-    sync = s3_sync(args, console)
-    archive = Path(args.archive) if args.archive else plan_results(args.workspace, args.exclude)
-    return _s3_archive_outcome(sync, archive, "results", console)
-
-
-@command("s3-download-training", ARCHIVE_NAME, _local_dir("."), EXTRACT, *S3)
-def s3_download_training(args: argparse.Namespace, console: Console) -> Outcome:
-    """Fetch a training archive from training/: the newest, or the one named."""
-    sync = s3_sync(args, console)
-    return _s3_outcome(sync.download_training_data(args.name, args.local_dir, args.extract))
-
-
-@command("s3-download-results", ARCHIVE_NAME, _local_dir("."), EXTRACT, *S3)
-def s3_download_results(args: argparse.Namespace, console: Console) -> Outcome:
-    """Fetch a results archive from results/: the newest, or the one named."""
-    sync = s3_sync(args, console)
-    return _s3_outcome(sync.download_results(args.name, args.local_dir, args.extract))
-
-
-@command("s3-check", *S3)
-def s3_check(args: argparse.Namespace, console: Console) -> Outcome:
-    """Try out credentials, endpoint, clock, rights, and what the server supports.
-
-    Each line that fails says what to do about it. One small object is written, and removed where
-    that is allowed.
-    """
-    checks = list(s3_sync(args, console).check())
-    marks = {True: "ok", False: "FAILED", None: "without"}
-    lines = []
-    for check in checks:
-        lines.append(f"{marks[check.ok]:<8} {check.name:<12} {printable(check.detail)}")
-        if check.remedy and check.ok is not True:
-            lines.append(f"{'':<8} {'':<12} {printable(check.remedy)}")
-    failed = any(check.ok is False for check in checks)
-    code = ExitCode.ACCESS if failed else ExitCode.DONE
-    return Outcome({"checks": checks}, lines=lines, exit_code=code)
-
-
-IMAGE = Argument("--image", metavar="NAME", help="the image, such as app:latest (DOCKER_IMAGE)")
-
-
-@command(
-    "docker-export", IMAGE,
-    Argument("--layers", action="store_true", help="store layers by digest: only new ones go"),
-    DRY_RUN, *S3,
-)  # fmt: skip
-def docker_export(args: argparse.Namespace, console: Console) -> Outcome:
-    """Store a Docker or podman image in docker-images/, without a file of its size on the way."""
-    image = _image(args)
-    result = _image_store(args, console).export(image, args.layers)
-    rows = [("image", printable(result.image)), ("object", printable(result.key))]
-    if args.dry_run:
-        rows[1] = ("would go to", printable(result.key))
-        return Outcome(result, rows)
-    if result.moved:
-        rows += amount_rows(max(1, result.sent_layers), result.moved, result.seconds)
-    else:
-        rows.append(("nothing to do", "the same image is there already"))
-    restore = f"python cloud_services.py docker-load --image {_shown(image)}"
-    return Outcome(result, rows, next_command=restore)
-
-
-@command(
-    "docker-load", IMAGE,
-    Argument(
-        "--layers", action="store_true", default=None,
-        help="load what docker-export --layers stored (default: whichever is newer)",
-    ),
-    *S3,
-)  # fmt: skip
-def docker_load(args: argparse.Namespace, console: Console) -> Outcome:
-    """Load an image from docker-images/ into Docker or podman; damaged content never arrives."""
-    result = _image_store(args, console).load(_image(args), args.layers)
-    rows = [("image", printable(result.image)), ("object", printable(result.key))]
-    if result.moved:
-        rows += [("into", result.engine), *amount_rows(1, result.moved, result.seconds)]
-    else:
-        rows.append(("nothing to do", "the same image is here already"))
-    rows.append(("verified", result.check))
-    return Outcome(result, rows)
-
-
-@command("docker-list", *S3)
-def docker_list(args: argparse.Namespace, console: Console) -> Outcome:
-    """List the images in docker-images/: time, size, form, name."""
-    found = _image_store(args, console).list()
-    lines = [
-        f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one.mtime))}  {one.size:>12}  "
-        f"{one.form:<8}  {printable(one.image or f'{one.name}:{one.tag}')}"
-        for one in found
-    ]
-    return Outcome({"images": found}, lines=lines)
-
-
-def _image(args: argparse.Namespace) -> str:
-    image = args.image or os.environ.get("DOCKER_IMAGE") or dotenv_settings().get("DOCKER_IMAGE")
-    if not image:
-        raise UsageError("no image is named", "name one with --image, or DOCKER_IMAGE in .env")
-    return image
-
-
-def _image_store(args: argparse.Namespace, console: Console) -> ImageStore:
-    from docker_images import ImageStore
-
-    bucket = s3_sync(args, console).bucket
-    return ImageStore(
-        bucket, bucket.key("docker-images"), console.progress(),
-        dry_run=getattr(args, "dry_run", False),
-    )  # fmt: skip
-
-
-def s3_sync(args: argparse.Namespace, console: Console) -> S3Sync:
-    """The bucket that the flags of S3 name."""
-
-    def approve(place: str, names: Sequence[str]) -> None:
-        for name in names[:20]:
-            console.note(f"to be removed from {printable(place)}: {printable(name)}")
-        count = "1 file" if len(names) == 1 else f"{len(names):,} files"
-        if not console.ask(f"Remove {count} from {printable(place)}?", "--yes"):
-            raise RefusedError("nothing was moved or removed", "look at it first with --dry-run")
-
-    return S3Sync(
-        args.bucket, args.prefix, args.endpoint_url, args.region, profile=args.profile,
-        max_concurrency=args.max_concurrency, limit_rate=args.limit_rate, timeout=args.timeout,
-        progress=console.progress(), dry_run=getattr(args, "dry_run", False), approve=approve,
-    )  # fmt: skip
-
-
-def _s3_outcome(result: S3Sent | S3Fetched | S3Mirrored) -> Outcome:
-    return Outcome(result, [*result.rows()], exit_code=_partial_unless(bool(result)))
-
-
-def _s3_archive_outcome(sync: S3Sync, archive: Path | Plan, kind: str, console: Console) -> Outcome:
-    if sync.dry_run:
-        where = sync.place(sync.bucket.key(kind))
-        if isinstance(archive, Plan):
-            return _plan_outcome(archive, where)
-        return _file_outcome(archive, where)
-    result = sync.upload_archive(archive, kind)
-    _list_left_out(result.left_out, console)
-    name = _shown(posixpath.basename(result.key))
-    following = f"python cloud_services.py s3-download-{kind} {name} --extract"
-    return _s3_outcome(result)._replace(next_command=following)
-
-
-def _s3_mirror_outcome(result: S3Mirrored, console: Console) -> Outcome:
-    _list_left_out(result.left_out, console)
-    lines = _step_lines(result.steps) if result.dry_run else ()
-    return _s3_outcome(result)._replace(lines=lines)
-
-
-def _partial_unless(complete: bool) -> ExitCode:
-    return ExitCode.DONE if complete else ExitCode.PARTIAL
+later_commands("hub_commands", {
+    "hf-upload-ticks": "Send tick data to a dataset repository on the Hugging Face Hub",
+    "hf-upload-training": "Send the three feature files and the scalers to a dataset"
+        " repository on the Hub",
+    "hf-upload-features": "Send the results of a feature analysis to a dataset repository on"
+        " the Hub",
+    "hf-upload-results": "Send checkpoints, metrics and scalers to a models repository on the Hub",
+    "hf-download-ticks": "Fetch tick data from a dataset repository on the Hugging Face Hub",
+    "hf-download-training": "Fetch training data from the Hub into a workspace",
+    "hf-download-features": "Fetch the results of a feature analysis from the Hub",
+    "hf-download-results": "Fetch checkpoints, metrics and scalers from a models repository"
+        " on the Hub",
+})  # fmt: skip
+later_commands("s3_commands", {
+    "s3-upload-checkpoint": "Store a checkpoint in the bucket as checkpoints/<name>",
+    "s3-list-checkpoints": "List the checkpoints in the bucket, the newest last: time, size,"
+        " name, epoch, step, metrics",
+    "s3-download-checkpoint": "Fetch one checkpoint; it gets its name after its SHA-256 was"
+        " compared",
+    "s3-download-latest": "Fetch the checkpoint of the highest step, or the best by --by",
+    "s3-prune-checkpoints": "Remove old checkpoints from the bucket, after a question",
+    "s3-resume": "Print the path of the checkpoint to resume from, fetching it if needed",
+    "s3-upload-logs": "Mirror the TensorBoard logs of a run to logs/<run>/ in the bucket",
+    "s3-download-logs": "Fetch the logs of one run, or of all, into a folder for TensorBoard",
+    "s3-upload-dataset": "Mirror a folder to datasets/<name>/ in the bucket",
+    "s3-download-dataset": "Mirror datasets/<name>/ of the bucket into a folder here",
+    "s3-upload-training": "Pack the training data and store it in training/, in one pass; or"
+        " store an archive",
+    "s3-upload-results": "Pack the results and store them in results/, in one pass; or store"
+        " an archive",
+    "s3-download-training": "Fetch a training archive from training/: the newest, or the one named",
+    "s3-download-results": "Fetch a results archive from results/: the newest, or the one named",
+    "s3-check": "Try out credentials, endpoint, clock, rights, and what the server supports",
+    "docker-export": "Store a Docker or podman image in docker-images/, without a file of its"
+        " size on the way",
+    "docker-load": "Load an image from docker-images/ into Docker or podman; damaged content"
+        " never arrives",
+    "docker-list": "List the images in docker-images/: time, size, form, name",
+})  # fmt: skip
 
 
 @command(
@@ -3560,21 +3008,20 @@ def verify_archive_command(args: argparse.Namespace, console: Console) -> Outcom
     return _check_outcome(verify_archive(args.archive, console.progress()))
 
 
-for _later in (
-    LaterCommand("list-runs", "List the training runs below a logs folder", "metrics_commands"),
-    LaterCommand("compare-runs", "Compare training runs side by side", "metrics_commands"),
-    LaterCommand("start-tensorboard", "Show training curves with TensorBoard", "metrics_commands"),
-    LaterCommand("tunnel", "Forward a port of this machine over SSH", "metrics_commands"),
-    LaterCommand("wandb-sync", "Send offline runs to Weights & Biases", "metrics_commands"),
-    LaterCommand("serve", "Serve S3 from a folder of this machine", "cloud_jobs.commands"),
-    LaterCommand(
-        "storage-key", "Make, list or revoke keys of serve that may do less", "cloud_jobs.commands"
-    ),
-    LaterCommand(
-        "quickstart", "Try the whole way of the data on this machine", "cloud_jobs.commands"
-    ),
-):
-    COMMANDS[_later.name] = _later
+later_commands("metrics_commands", {
+    "list-runs": "List the training runs below a logs folder",
+    "compare-runs": "Compare training runs side by side: final and best metrics, and"
+        " settings that differ",
+    "start-tensorboard": "Show training curves with TensorBoard",
+    "tunnel": "Forward a port of this machine over SSH to a port of the server",
+    "wandb-sync": "Send offline runs to Weights & Biases",
+})  # fmt: skip
+later_commands("cloud_jobs.commands", {
+    "serve": "Serve S3 from a folder of this machine, until it is interrupted",
+    "storage-key": "Make, list or revoke keys of serve that may do less: one bucket, one"
+        " prefix, for a time",
+    "quickstart": "Try the whole way of the data on this machine, without an account or a network",
+})  # fmt: skip
 
 
 @command("completion", Argument("shell", choices=("bash", "zsh")))
@@ -3610,6 +3057,23 @@ def connection_settings(args: argparse.Namespace, console: Console) -> dict[str,
     return given
 
 
+def s3_sync(args: argparse.Namespace, console: Console) -> S3Sync:
+    """The bucket that the flags of S3 name."""
+
+    def approve(place: str, names: Sequence[str]) -> None:
+        for name in names[:20]:
+            console.note(f"to be removed from {printable(place)}: {printable(name)}")
+        count = "1 file" if len(names) == 1 else f"{len(names):,} files"
+        if not console.ask(f"Remove {count} from {printable(place)}?", "--yes"):
+            raise RefusedError("nothing was moved or removed", "look at it first with --dry-run")
+
+    return S3Sync(
+        args.bucket, args.prefix, args.endpoint_url, args.region, profile=args.profile,
+        max_concurrency=args.max_concurrency, limit_rate=args.limit_rate, timeout=args.timeout,
+        progress=console.progress(), dry_run=getattr(args, "dry_run", False), approve=approve,
+    )  # fmt: skip
+
+
 def _given_connection(args: argparse.Namespace) -> str:
     """The connection flags of a command line, to be repeated in the next one."""
     given = ((name, getattr(args, name, None)) for name in ("host", "port", "user", "identity"))
@@ -3617,7 +3081,7 @@ def _given_connection(args: argparse.Namespace) -> str:
     return "".join([*words, " --method local" if args.method == "local" else ""])
 
 
-def _agreed_training_plan(args: argparse.Namespace, console: Console) -> Plan:
+def agreed_training_plan(args: argparse.Namespace, console: Console) -> Plan:
     """The plan, after the question whether the ticks shall really go in."""
     plan = plan_training(args.workspace, args.include_ticks, args.include_cache, args.exclude)
     if not args.include_ticks or args.no_ask_ticks or args.dry_run:
@@ -3630,7 +3094,7 @@ def _agreed_training_plan(args: argparse.Namespace, console: Console) -> Plan:
     return plan_training(args.workspace, False, args.include_cache, args.exclude)
 
 
-def _list_left_out(left_out: Sequence[LeftOut], console: Console) -> None:
+def list_left_out(left_out: Sequence[LeftOut], console: Console) -> None:
     """Say what stays out and why, at most 20 lines of it."""
     for name, reason in left_out[:20]:
         console.note(f"left out: {printable(name)} ({reason})")
@@ -3638,12 +3102,14 @@ def _list_left_out(left_out: Sequence[LeftOut], console: Console) -> None:
         console.note(f"left out: {len(left_out) - 20} more; --dry-run --json lists all")
 
 
-def _shown(path: object) -> str:
+def shell_word(path: object) -> str:
+    """A path or another word, as it stands in a command line that is shown."""
     text = str(path)
     return printable(shlex.quote(f"./{text}" if text.startswith("-") else text))
 
 
-def _plan_outcome(plan: Plan, target: str) -> Outcome:
+def plan_outcome(plan: Plan, target: str) -> Outcome:
+    """What would be packed and what left out, and where it would go."""
     rows = [
         ("would go to", printable(target)),
         ("files", f"{len(plan.files):,}"),
@@ -3662,12 +3128,19 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
         yield f"{'left out':>14}  {printable(name)} ({reason})"
 
 
-def _file_outcome(archive: Path, target: str) -> Outcome:
+def step_lines(steps: Sequence[Step]) -> Iterator[str]:
+    """What would be done, as --dry-run shows it."""
+    for step in steps:
+        yield f"{step.size:>14}  {step.action:<6}  {printable(step.path)} ({step.reason})"
+
+
+def file_outcome(archive: Path, target: str) -> Outcome:
+    """Which archive would be sent, and where to."""
     from transfers import FileSource
 
     source = FileSource(archive)
     rows = [
-        ("would send", _shown(archive)),
+        ("would send", shell_word(archive)),
         ("to", printable(target)),
         ("bytes", f"{source.size:,}"),
     ]
@@ -3680,7 +3153,7 @@ def _ratio(input_bytes: int, archive_bytes: int) -> tuple[str, str]:
 
 
 def _archive_outcome(result: ArchiveResult, following: str, console: Console) -> Outcome:
-    _list_left_out(result.left_out, console)
+    list_left_out(result.left_out, console)
     rows = [
         ("archive", printable(result.path)),
         *amount_rows(result.files, result.input_bytes, result.seconds),
@@ -3728,7 +3201,7 @@ def _download_outcome(result: DownloadResult) -> Outcome:
     packed = [f for f in result.files if f.target.endswith(ARCHIVE_SUFFIXES) and not f.extracted]
     following = ""
     if packed:
-        following = f"python cloud_services.py extract-archive {_shown(packed[-1].target)}"
+        following = f"python cloud_services.py extract-archive {shell_word(packed[-1].target)}"
     exit_code = ExitCode.DONE if result else ExitCode.PARTIAL
     return Outcome(result, rows, next_command=following, exit_code=exit_code)
 
@@ -3747,7 +3220,7 @@ def _check_outcome(result: ArchiveCheck) -> Outcome:
         *([("unpacked in", printable(result.into))] if result.into else []),
     ]
     following = (
-        "" if result.into else f"python cloud_services.py extract-archive {_shown(result.path)}"
+        "" if result.into else f"python cloud_services.py extract-archive {shell_word(result.path)}"
     )
     return Outcome(result, rows, next_command=following)
 

@@ -291,7 +291,7 @@ class Mirror:
                     files, moved = files + 1, moved + stored.moved
                     checks.add(stored.check)
                     self._index.note(stored.key, stored.etag, stored.size, stored.sha256)
-                    if status := _state(outcome.path):
+                    if status := stored.state or _state(outcome.path):
                         self._hashes.remember(outcome.path, "sha256", status, stored.sha256)
             for name in _if_all_arrived(plan.names("delete"), failures):
                 with local_errors(self._path(name)):

@@ -132,8 +132,12 @@ A thread sends requests ahead, over a connection each, while the server works on
 several threads would mostly wait for each other.
 """
 
-LANE_AHEAD = 8
-"""So many requests of one thread may be under way; where more shall be, there are more threads."""
+SEND_AHEAD, FETCH_AHEAD = 16, 32
+"""So many requests of one thread may be under way; where more shall be, there are more threads.
+
+What a thread asked for has come while it worked on the answers before; a server takes longer over
+what it has to store.
+"""
 
 OWN_SECONDS = 0.0005
 """About what a small object takes us: while a server thinks as long, one more can be under way."""
@@ -222,7 +226,10 @@ def _checksums(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 class Stored(NamedTuple):
-    """An object that arrived, there or here: `moved` counts the bytes of this run alone."""
+    """An object that arrived, there or here: `moved` counts the bytes of this run alone.
+
+    `state` is what a small file was when its verified content was in it.
+    """
 
     key: str
     size: int
@@ -230,6 +237,7 @@ class Stored(NamedTuple):
     sha256: str
     etag: str
     check: str
+    state: os.stat_result | None = None
 
 
 class Outcome(NamedTuple):
@@ -539,12 +547,16 @@ class _LocalFile:
         return digest.hexdigest()
 
 
-def _lock(stream: IO[bytes], path: str | Path, shown: object) -> None:
-    """Refuse what another run is writing, and what it has finished in this very moment."""
+def _lock(stream: IO[bytes], path: str | Path, shown: object) -> int:
+    """Refuse what another run is writing, and what it has finished in this very moment.
+
+    Returns how many bytes the file has.
+    """
     lock_part(stream, shown if isinstance(shown, Path) else Path(str(shown)))
     with contextlib.suppress(OSError):
-        if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
-            return
+        status = os.fstat(stream.fileno())
+        if os.path.samestat(status, os.stat(path)):
+            return status.st_size
     raise RefusedError(f"another run has just finished {printable(shown)}", "run this one again")
 
 
@@ -723,9 +735,11 @@ class _Piece:
 class _Whole:
     """A small object on its way into a file; its own answer says what it must be."""
 
-    def __init__(self, key: str, part: str, stream: IO[bytes], advance: Advance) -> None:
+    def __init__(
+        self, key: str, part: str, stream: IO[bytes], advance: Advance, stale: bool
+    ) -> None:
         self._key, self._part, self._stream, self._advance = key, part, stream, advance
-        self._got = 0
+        self._got, self._stale = 0, stale
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
         """Start anew, whatever came before."""
@@ -733,13 +747,14 @@ class _Whole:
             raise BrokenAnswerError("a part of the object came instead of all of it")
         self._head = head_of(self._key, headers)
         self._verifier = _Verifier(self._head)
-        with local_errors(self._part):
-            if os.fstat(self._stream.fileno()).st_size:
+        if self._stale:
+            with local_errors(self._part):
                 self._stream.seek(0)
                 self._stream.truncate(0)
 
     def take(self, data: memoryview) -> None:
         """Write what came."""
+        self._stale = True
         self._verifier.update(data)
         self._got += len(data)
         self._advance(len(data))
@@ -1808,7 +1823,7 @@ class Bucket:
 
         jobs = ((Path(path), key) for path, key in items)
         yield from self._ahead(
-            jobs, lambda job: _outcome_of_steps(job[1], job[0], send_small(*job))
+            SEND_AHEAD, jobs, lambda job: _outcome_of_steps(job[1], job[0], send_small(*job))
         )
         yield from self._side_by_side(
             medium, lambda job: _outcome(job[1], job[0], lambda: send_medium(*job))
@@ -1816,10 +1831,12 @@ class Bucket:
         for path, key in large:
             yield _outcome(key, path, functools.partial(send_large, path, key))
 
-    def _ahead(self, jobs: Iterable[T], work: Callable[[T], Steps[R | None]]) -> Iterator[R]:
-        """What came of the jobs, whose requests are sent ahead, where something did."""
+    def _ahead(
+        self, most: int, jobs: Iterable[T], work: Callable[[T], Steps[R | None]]
+    ) -> Iterator[R]:
+        """What came of the jobs, whose requests each thread sends ahead, up to `most` of them."""
         requests = self._server.lanes(*SMALL_AHEAD)
-        lanes = -(-requests // LANE_AHEAD)
+        lanes = -(-requests // most)
         done = _in_lanes_ahead(lanes, requests // lanes, jobs, work)
         return (one for one in done if one is not None)
 
@@ -1953,7 +1970,7 @@ class Bucket:
 
         jobs = ((info, Path(path)) for info, path in items)
         yield from self._ahead(
-            jobs, lambda job: _outcome_of_steps(job[0].key, job[1], fetch_small(*job))
+            FETCH_AHEAD, jobs, lambda job: _outcome_of_steps(job[0].key, job[1], fetch_small(*job))
         )
         yield from self._side_by_side(
             medium, lambda job: _outcome(job[0].key, job[1], lambda: self._get_small(*job))
@@ -1966,23 +1983,27 @@ class Bucket:
         folder, name = os.path.split(target)
         part = os.path.join(folder, part_name(name, f"{self._server.place}/{info.key}"))
         with local_errors(target), _open_part(part) as stream:
-            _lock(stream, part, target)
+            stale = _lock(stream, part, target) > 0
             try:
-                stored = self._receive_whole(info.key, part, stream, begun)
+                stored = self._receive_whole(info.key, part, stream, stale, begun)
+                state = os.fstat(stream.fileno())
                 _rename(stream, part, target)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(part)
                 raise
-        return stored
+        return stored._replace(state=state)
 
-    def _receive_whole(self, key: str, part: str, stream: IO[bytes], begun: Begun | None) -> Stored:
-        first = iter([begun])
+    def _receive_whole(
+        self, key: str, part: str, stream: IO[bytes], stale: bool, begun: Begun | None
+    ) -> Stored:
+        first = iter([(begun, stale)])
 
         def attempt() -> Stored:
-            whole = _Whole(key, part, stream, self.progress.advance)
+            begun, stale = next(first, (None, True))  # a failed try may have left something
+            whole = _Whole(key, part, stream, self.progress.advance, stale)
             try:
-                self._server.receive_once(S3Request("GET", key), whole, next(first, None))
+                self._server.receive_once(S3Request("GET", key), whole, begun)
                 return whole.finish()
             except BaseException:
                 whole.undo()

@@ -737,6 +737,12 @@ def test_help_goes_to_stdout_and_says_what_the_command_does(call: Run, command: 
         assert (COMMANDS[command].loaded().run.__doc__ or "").split("\n")[0] in result.stdout
 
 
+def test_what_is_listed_of_each_command_is_what_its_own_help_begins_with(call: Run) -> None:
+    listed = " ".join(call("--help", COLUMNS="100").stdout.split())
+    for entry in cloud_services.all_commands():
+        assert f"{entry.name} {' '.join(entry.summary.split())}" in listed
+
+
 @pytest.mark.parametrize("before", [["-h"], ["--help"], ["-qh"], ["--json", "-h"]])
 def test_help_before_a_command_is_that_of_all_commands(call: Run, before: list[str]) -> None:
     result = call(*before, "verify-archive")

@@ -1003,7 +1003,7 @@ def test_the_module_copied_alone_says_which_files_it_lacks(
     program = str(lonely / "cloud_services.py")
     words = [sys.executable, program, "hf-upload-ticks", "--repo-id", repo]
     done = subprocess.run(words, env=hub.env(), capture_output=True, text=True)
-    refused(done, 3, "cloud_settings.py is not beside")
+    refused(done, 3, "hub_commands.py is not beside")
     for name in ("cloud_settings.py", "hash_cache.py", "hub_sync.py"):
         with_hint(done, f".*{name}")
 
