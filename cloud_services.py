@@ -62,11 +62,14 @@ class LateModule:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        """What the module has under this name."""
-        return getattr(importlib.import_module(self._name), attribute)
+        """What the module has under this name; it is looked up once."""
+        found = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, found)
+        return found
 
 
 if TYPE_CHECKING:
+    import fcntl
     import gzip
     import hashlib
     import json
@@ -74,7 +77,7 @@ if TYPE_CHECKING:
     import tarfile
     import tempfile
 else:
-    gzip, hashlib, json = map(LateModule, ("gzip", "hashlib", "json"))
+    fcntl, gzip, hashlib, json = map(LateModule, ("fcntl", "gzip", "hashlib", "json"))
     shutil, tarfile, tempfile = map(LateModule, ("shutil", "tarfile", "tempfile"))
 
 __version__ = "0.1.0"
@@ -246,17 +249,22 @@ LOCAL_ERRORS: dict[int, tuple[type[CloudError], str]] = {
 }
 
 
-@contextlib.contextmanager
-def local_errors(path: str | Path) -> Iterator[None]:
+class local_errors:  # noqa: N801 - read like contextlib.suppress; faster than a generator
     """Turn an OSError about `path` on this machine into the CloudError a user understands."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in LOCAL_ERRORS:
-            raise
-        kind, text = LOCAL_ERRORS[error.errno]
-        hint = "free some space, then " + SAME_COMMAND if kind is DiskFullError else ""
-        raise kind(f"{printable(error.filename or path)}: {text}", hint) from error
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno in LOCAL_ERRORS:
+            kind, text = LOCAL_ERRORS[error.errno]
+            hint = "free some space, then " + SAME_COMMAND if kind is DiskFullError else ""
+            raise kind(f"{printable(error.filename or self._path)}: {text}", hint) from error
 
 
 def printable(text: object) -> str:
@@ -468,14 +476,12 @@ class WriteOut:
             self._started = position
 
 
-def lock_part(stream: IO[bytes], target: Path) -> None:
+def lock_part(stream: IO[bytes], target: str | Path) -> None:
     """Refuse to write one .part from two processes; the lock ends with the process, however."""
     try:
-        fcntl: Any = importlib.import_module("fcntl")
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows refuses to replace a file that is open elsewhere
         return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RefusedError(
             f"another run is writing {printable(target)}", "wait for it, or choose another name"

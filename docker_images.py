@@ -311,7 +311,7 @@ def _scratch() -> Iterator[Path]:
                 )
             )
             lock = stack.enter_context(open(os.path.join(name, "lock"), "wb"))
-        lock_part(lock, Path(name))
+        lock_part(lock, name)
         yield Path(name)
 
 

@@ -354,9 +354,9 @@ def _md5_of(path: str) -> str:
     return digest.hexdigest()
 
 
-def _copy_start(source: Path, target: Path, size: int) -> None:
+def _copy_start(source: str | Path, target: Path, size: int) -> None:
     """Copy the first `size` bytes of a file."""
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with open(source, "rb") as reader, target.open("wb") as writer:
         while size and (block := reader.read(min(size, PACK_BLOCK_BYTES))):
             writer.write(block)
             size -= len(block)

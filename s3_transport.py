@@ -186,6 +186,9 @@ class ObjectHead:
     """Whole-object checksums that S3 itself keeps, by algorithm, in hex."""
 
 
+SHA256_HEX = re.compile("[0-9a-f]{64}")
+
+
 def head_of(key: str, headers: Mapping[str, str]) -> ObjectHead:
     """What the headers of an answer tell of an object."""
     if not headers.get("etag"):
@@ -195,7 +198,7 @@ def head_of(key: str, headers: Mapping[str, str]) -> ObjectHead:
     return ObjectHead(
         key, int(headers.get("content-length", 0)), headers.get("etag", "").strip('"'),
         _time(headers.get("last-modified", "")),
-        sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else "", meta, _is_opaque(headers),
+        sha256 if SHA256_HEX.fullmatch(sha256) else "", meta, _is_opaque(headers),
         _checksums(headers),
     )  # fmt: skip
 
@@ -244,7 +247,7 @@ class Outcome(NamedTuple):
     """How one of many transfers ended: `stored` or `error` is set."""
 
     key: str
-    path: Path
+    path: str | Path
     stored: Stored | None
     error: CloudError | None
 
@@ -253,7 +256,7 @@ Steps = Generator[None, None, T]
 """Work that pauses once its request is under way, and goes on with the answer."""
 
 
-def _outcome(key: str, path: Path, work: Callable[[], Stored]) -> Outcome:
+def _outcome(key: str, path: str | Path, work: Callable[[], Stored]) -> Outcome:
     """How one of many ended."""
     try:
         return Outcome(key, path, work(), None)
@@ -261,7 +264,9 @@ def _outcome(key: str, path: Path, work: Callable[[], Stored]) -> Outcome:
         return _failed(key, path, error)
 
 
-def _outcome_of_steps(key: str, path: Path, steps: Steps[Stored | None]) -> Steps[Outcome | None]:
+def _outcome_of_steps(
+    key: str, path: str | Path, steps: Steps[Stored | None]
+) -> Steps[Outcome | None]:
     """The same of work in steps, which may have nothing to tell."""
     try:
         stored = yield from steps
@@ -270,7 +275,7 @@ def _outcome_of_steps(key: str, path: Path, steps: Steps[Stored | None]) -> Step
     return Outcome(key, path, stored, None) if stored else None
 
 
-def _failed(key: str, path: Path, error: CloudError) -> Outcome:
+def _failed(key: str, path: str | Path, error: CloudError) -> Outcome:
     """A failure of one of many; what would meet all the others too is raised."""
     own = UsageError, NotFoundError, IntegrityError, RefusedError
     local = isinstance(error, AccessError) and isinstance(error.__cause__, OSError)
@@ -499,7 +504,7 @@ class _UploadNotes:
 class _LocalFile:
     """A regular file that is to be sent, and what it looked like when that was decided."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = path
         with local_errors(path):
             self._status = os.stat(path)
@@ -547,12 +552,12 @@ class _LocalFile:
         return digest.hexdigest()
 
 
-def _lock(stream: IO[bytes], path: str | Path, shown: object) -> int:
+def _lock(stream: IO[bytes], path: str | Path, shown: str | Path) -> int:
     """Refuse what another run is writing, and what it has finished in this very moment.
 
     Returns how many bytes the file has.
     """
-    lock_part(stream, shown if isinstance(shown, Path) else Path(str(shown)))
+    lock_part(stream, shown)
     with contextlib.suppress(OSError):
         status = os.fstat(stream.fileno())
         if os.path.samestat(status, os.stat(path)):
@@ -699,13 +704,16 @@ def _text(document: bytes, name: str) -> str:
     return next(iter(_texts(document, name)), "")
 
 
+LISTED_TIME = re.compile(r"([\dT:-]{19})(\.\d+)?(Z|[+-]\d\d:?\d\d)?")
+
+
 def _seconds(text: str) -> float | None:
     """A time of S3's in seconds since 1970; None: it is none."""
-    match = re.fullmatch(r"([\dT:-]{19})(\.\d+)?(Z|[+-]\d\d:?\d\d)?", text)
+    match = LISTED_TIME.fullmatch(text)
     if not match or match[3] not in (None, "Z", "+00:00", "+0000"):
         return None
     with contextlib.suppress(ValueError):
-        whole = dt.datetime.fromisoformat(match[1]).replace(tzinfo=dt.timezone.utc)
+        whole = dt.datetime.fromisoformat(match[1] + "+00:00")
         return whole.timestamp() + float(match[2] or 0)
     return None
 
@@ -810,7 +818,7 @@ class _Range:
             self._target.arrived(index)
 
 
-def _rename(stream: IO[bytes], part: str | Path, target: Path) -> None:
+def _rename(stream: IO[bytes], part: str | Path, target: str | Path) -> None:
     """Give a locked file its final name."""
     if os.name == "nt":  # which renames no open file
         stream.close()
@@ -967,8 +975,11 @@ class _Arriving:
 # ── threads ──────────────────────────────────────────────────────────────────────────────────────
 
 
-GATHER_SECONDS = 0.005
-"""Results gather so long: to wake up for each takes the interpreter from those who work."""
+GATHER_SECONDS, MOST_GATHERED = 0.005, 10
+"""Results gather so long: to wake up for each takes the interpreter from those who work.
+
+The more of them came last time, up to so many, the longer.
+"""
 
 
 def _in_lanes(lanes: int, jobs: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
@@ -1032,15 +1043,18 @@ def _in_threads(
     for _ in range(lanes):
         threading.Thread(target=run, daemon=True).start()
     failure: BaseException | None = None
+    gathered = 0
     try:
         while lanes:
             result, error, ended = results.get()
             lanes -= ended
+            gathered += 1
             failure = failure or error
             if not ended and failure is None:
                 yield result  # type: ignore[misc]  # R may well include None
             if lanes and results.empty():
-                time.sleep(GATHER_SECONDS)
+                time.sleep(GATHER_SECONDS * min(gathered, MOST_GATHERED))
+                gathered = 0
     finally:
         shared.stopped = True
     if failure:
@@ -1243,7 +1257,7 @@ class _Server:
 
     def patiently(self, attempt: Callable[[], T], operation: str, key: str) -> T:
         """Call `attempt` until it works, it makes no sense any more, or it was tried enough."""
-        pauses = iter([FIRST_PAUSE * 2**n for n in range(self.settings.max_attempts - 1)])
+        pauses = (FIRST_PAUSE * 2**n for n in range(self.settings.max_attempts - 1))
         moved = False
         while True:
             while (wait := self._calm_at - time.monotonic()) > 0:
@@ -1301,11 +1315,14 @@ def put_request(
     return S3Request("PUT", key, headers, payload=sha256)
 
 
+METADATA_NAME = re.compile(r"[\w-]+", re.ASCII)
+
+
 def _metadata_headers(metadata: Mapping[str, str]) -> dict[str, str]:
     """The headers for what is noted with an object."""
     for name, value in metadata.items():
         plain = value.isascii() and value.isprintable() and value == " ".join(value.split())
-        if not plain or not re.fullmatch(r"[\w-]+", name, re.ASCII):
+        if not plain or not METADATA_NAME.fullmatch(name):
             raise UsageError(f"{printable(name)}={printable(value)} cannot be noted with an object")
     return {f"x-amz-meta-{name.lower()}": value for name, value in metadata.items()}
 
@@ -1576,8 +1593,9 @@ class _Upload:
 def _part_list(etags: Mapping[int, str]) -> bytes:
     """The document that completes an upload."""
     parts = "".join(
-        f"<Part><PartNumber>{number}</PartNumber><ETag>&quot;{html.escape(etag)}&quot;</ETag></Part>"
+        f'<Part><PartNumber>{number}</PartNumber><ETag>"{escaped}"</ETag></Part>'
         for number, etag in sorted(etags.items())
+        for escaped in [html.escape(etag, quote=False)]
     )
     space = "http://s3.amazonaws.com/doc/2006-03-01/"
     return f'<CompleteMultipartUpload xmlns="{space}">{parts}</CompleteMultipartUpload>'.encode()
@@ -1728,7 +1746,7 @@ class Bucket:
         in parts, and continues where an earlier run stopped. Raises IntegrityError when the file
         changes meanwhile; the key then keeps what it had.
         """
-        file = _LocalFile(Path(path))
+        file = _LocalFile(path)
         self.progress.begin("sending", file.size)
         try:
             return self._put_file(file, key, sha256, metadata or {}, self.progress.advance)
@@ -1798,11 +1816,11 @@ class Bucket:
         meet all others too are raised.
         """
         metadata, advance = metadata or {}, self.progress.advance
-        medium: list[tuple[Path, str]] = []
-        large: list[tuple[Path, str]] = []
+        medium: list[tuple[str | Path, str]] = []
+        large: list[tuple[str | Path, str]] = []
         room = _Room(IN_MEMORY_BYTES)
 
-        def send_small(path: Path, key: str) -> Steps[Stored | None]:
+        def send_small(path: str | Path, key: str) -> Steps[Stored | None]:
             file = _LocalFile(path)
             if file.size > SMALL_BYTES:
                 (medium if file.size <= PART_BYTES else large).append((path, key))
@@ -1813,17 +1831,16 @@ class Bucket:
             yield
             return self._send(request, content, advance, begun)
 
-        def send_medium(path: Path, key: str) -> Stored:
+        def send_medium(path: str | Path, key: str) -> Stored:
             file = _LocalFile(path)
             with room.taken(file.size):
                 return self._put(file.read(), key, file.metadata | dict(metadata), advance)
 
-        def send_large(path: Path, key: str) -> Stored:
+        def send_large(path: str | Path, key: str) -> Stored:
             return self._put_file(_LocalFile(path), key, "", metadata, advance)
 
-        jobs = ((Path(path), key) for path, key in items)
         yield from self._ahead(
-            SEND_AHEAD, jobs, lambda job: _outcome_of_steps(job[1], job[0], send_small(*job))
+            SEND_AHEAD, items, lambda job: _outcome_of_steps(job[1], job[0], send_small(*job))
         )
         yield from self._side_by_side(
             medium, lambda job: _outcome(job[1], job[0], lambda: send_medium(*job))
@@ -1954,10 +1971,10 @@ class Bucket:
 
         Paths are the caller's choice: `local_name()` keeps hostile keys inside a folder.
         """
-        medium: list[tuple[ObjectInfo, Path]] = []
-        large: list[tuple[ObjectInfo, Path]] = []
+        medium: list[tuple[ObjectInfo, str | Path]] = []
+        large: list[tuple[ObjectInfo, str | Path]] = []
 
-        def fetch_small(info: ObjectInfo, path: Path) -> Steps[Stored | None]:
+        def fetch_small(info: ObjectInfo, path: str | Path) -> Steps[Stored | None]:
             if info.size > SMALL_BYTES:
                 (medium if info.size <= PART_BYTES else large).append((info, path))
                 return None
@@ -1965,12 +1982,11 @@ class Bucket:
             yield
             return self._get_small(info, path, begun)
 
-        def fetch_large(info: ObjectInfo, path: Path) -> Stored:
-            return self._get_file(self.head(info.key), path, self.progress.advance)
+        def fetch_large(info: ObjectInfo, path: str | Path) -> Stored:
+            return self._get_file(self.head(info.key), Path(path), self.progress.advance)
 
-        jobs = ((info, Path(path)) for info, path in items)
         yield from self._ahead(
-            FETCH_AHEAD, jobs, lambda job: _outcome_of_steps(job[0].key, job[1], fetch_small(*job))
+            FETCH_AHEAD, items, lambda job: _outcome_of_steps(job[0].key, job[1], fetch_small(*job))
         )
         yield from self._side_by_side(
             medium, lambda job: _outcome(job[0].key, job[1], lambda: self._get_small(*job))
@@ -1978,7 +1994,9 @@ class Bucket:
         for info, path in large:
             yield _outcome(info.key, path, functools.partial(fetch_large, info, path))
 
-    def _get_small(self, info: ObjectInfo, target: Path, begun: Begun | None = None) -> Stored:
+    def _get_small(
+        self, info: ObjectInfo, target: str | Path, begun: Begun | None = None
+    ) -> Stored:
         """One small object in one request: what its answer says of it is what it is checked by."""
         folder, name = os.path.split(target)
         part = os.path.join(folder, part_name(name, f"{self._server.place}/{info.key}"))

@@ -539,7 +539,10 @@ class Receiver(Protocol):
 
 
 class _Link:
-    """A kept connection, and what came over it that nobody has taken yet."""
+    """A kept connection, and what came over it that nobody has taken yet.
+
+    When a `with` block of it fails, it is closed.
+    """
 
     def __init__(self, access: Access) -> None:
         self.access, self.process = access, os.getpid()
@@ -547,6 +550,15 @@ class _Link:
         self.used = False
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
         self._start = self._end = 0
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.connection.close()
+        if isinstance(error, ssl.SSLError):  # not about certificates: those were looked at
+            raise ConnectionError(str(error)) from error
 
     @property
     def holds_more(self) -> bool:
@@ -611,8 +623,10 @@ class _Answer:
         if not match:
             raise BrokenAnswerError(f"this is no answer: {printable(first[:80])}")
         self._version, self.status = match[1], int(match[2])
-        pairs = (line.partition(":") for line in lines)
-        self.headers = {name.lower(): value.strip() for name, _, value in pairs}
+        self.headers = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            self.headers[name.lower()] = value.strip()
 
     def _length(self) -> int:
         """The body's length; -1: it ends with the connection."""
@@ -689,7 +703,7 @@ class Wire:
         counted = Counted(advance)
         try:
             link = self._kept() or self._connected()
-            with self._closing_when_broken(link):
+            with link:
                 self._send(link, request, memoryview(body), counted)
         except Exception as error:
             log.debug("%s: %s", request.key, error)
@@ -709,7 +723,7 @@ class Wire:
         counted = begun.counted if begun else Counted(advance)
         try:
             link, answer = self._answered(request, memoryview(body), counted, begun)
-            with self._closing_when_broken(link):
+            with link:
                 refusal = self._read(answer, receiver)
                 self._keep(link, answer, complete=counted.count == len(body))
             if refusal:
@@ -725,7 +739,7 @@ class Wire:
         """The answer's head; a kept connection that the server has closed meanwhile is replaced."""
         link = begun.link if begun else self._kept() or self._connected()
         try:
-            with self._closing_when_broken(link):
+            with link:
                 if not begun:
                     self._send(link, request, body, counted)
                 return link, self._answer(link, request, body, counted, timed=not begun)
@@ -735,7 +749,7 @@ class Wire:
                 raise
         counted.undo()
         link = self._connected()
-        with self._closing_when_broken(link):
+        with link:
             self._send(link, request, body, counted)
             return link, self._answer(link, request, body, counted)
 
@@ -775,16 +789,6 @@ class Wire:
         connection.timeout = patience
         connection.sock.settimeout(patience)
         return link
-
-    @contextlib.contextmanager
-    def _closing_when_broken(self, link: _Link) -> Iterator[None]:
-        try:
-            yield
-        except BaseException as error:
-            link.connection.close()
-            if isinstance(error, ssl.SSLError):  # not about certificates: those were looked at
-                raise ConnectionError(str(error)) from error
-            raise
 
     def _send(self, link: _Link, request: S3Request, body: memoryview, counted: Counted) -> None:
         head, socket = self._head(link.access, request, len(body)), link.connection.sock

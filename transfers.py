@@ -282,7 +282,7 @@ class _LocalLane:
         with local_errors(path):
             self._stream = open_for_update(path) if writing else open(path, "rb", buffering=0)
         if writing:
-            lock_part(self._stream, Path(path))
+            lock_part(self._stream, path)
 
     def send(
         self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
