@@ -124,7 +124,7 @@ MAX_MEMBERS = 5_000_000
 MAX_TAR_HEADER_BYTES = 8 * MIB
 MAX_MTIME = 2**36  # the year 4147
 
-FLUSH_BYTES = 64 * MIB
+FLUSH_BYTES = 16 * MIB
 """A new file starts on its way to the disk every so many bytes, not all at once in the end."""
 
 STALL_SECONDS = 60.0
@@ -458,22 +458,17 @@ def write_all(stream: IO[bytes], data: bytes | bytearray | memoryview) -> None:
         view = view[stream.write(view) :]
 
 
-class WriteOut:
-    """Sends a growing file on its way to the disk, so that the last fsync has little left.
+def write_out(stream: IO[bytes], before: int, after: int) -> None:
+    """Send a growing file on its way to the disk, so that the last fsync has little left.
 
-    Linux starts to write dirty pages that are not needed any more, and waits for nothing; an fsync
-    on the way would wait for the file system's journal as well.
+    Call it whenever the file has grown, `before` and `after` in bytes; every FLUSH_BYTES, Linux
+    starts to write what it may forget then, and waits for nothing. An fsync on the way would wait
+    for the file system's journal as well. Finding room on the disk takes some milliseconds, though:
+    better on a thread that nobody waits for.
     """
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._started = stream, 0
-
-    def reached(self, position: int) -> None:
-        """Everything before `position` is there; once that is enough, start to write it out."""
-        if position - self._started >= FLUSH_BYTES and hasattr(os, "posix_fadvise"):
-            where = self._started, position - self._started
-            os.posix_fadvise(self._stream.fileno(), *where, os.POSIX_FADV_DONTNEED)
-            self._started = position
+    start, end = before - before % FLUSH_BYTES, after - after % FLUSH_BYTES
+    if start < end and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(stream.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 def lock_part(stream: IO[bytes], target: str | Path) -> None:
@@ -875,12 +870,12 @@ def create_archive(
             printable(output.parent), human_bytes(plan.total_bytes),
         )  # fmt: skip
     with replacing(output) as stream:
-        write_out = WriteOut(stream)
 
         def write(block: bytes) -> None:
             with local_errors(output):
+                before = stream.tell()
                 write_all(stream, block)
-                write_out.reached(stream.tell())
+                write_out(stream, before, before + len(block))
 
         packed = pack(plan, write, progress or Progress())
     return ArchiveResult(

@@ -53,7 +53,6 @@ from cloud_services import (
     RefusedError,
     TransferError,
     UsageError,
-    WriteOut,
     cache_folder,
     free_space,
     human_bytes,
@@ -68,6 +67,7 @@ from cloud_services import (
     printable,
     require_space,
     write_all,
+    write_out,
 )
 from cloud_settings import S3Settings
 from s3_wire import (
@@ -120,6 +120,9 @@ FETCH_LANES = 2, 6
 
 Threads that wait for each other only cost time: near a server, few of them fetch the most.
 """
+
+RANGE_SECONDS = 0.005
+"""About what a range takes us at least: an answer that comes sooner is not worth a thread more."""
 
 MEDIUM_LANES = 3, 32
 """The same for many objects of up to one part, either way."""
@@ -912,19 +915,20 @@ class _Arriving:
 
     def arrived(self, index: int) -> None:
         """A segment is complete."""
-        with local_errors(self.part), self._lock:
-            self._note(f"{index} .")
+        with local_errors(self.part):
+            with self._lock:
+                self._note(f"{index} .")
+            write_out(self._stream, index * MIB, (index + 1) * MIB)
         self._watermark.done(index)
 
     def _hash_file(self) -> str:
-        """Hash the file as it is on the disk, as far as it is complete; meanwhile write it out."""
-        buffer, write_out = bytearray(MIB), WriteOut(self._stream)
+        """Hash the file as it is on the disk, as far as it is complete."""
+        buffer = memoryview(bytearray(MIB))
         with open(self.part, "rb", buffering=0) as stream:
             while (count := self._complete.get()) is not None:
-                for number in range(self._hashed, count):
-                    self._verifier.update(memoryview(buffer)[: _fill(stream, memoryview(buffer))])
-                    write_out.reached((number + 1) * MIB)
-                self._hashed = max(self._hashed, count)
+                while self._hashed < count:
+                    self._verifier.update(buffer[: _fill(stream, buffer)])
+                    self._hashed += 1
         if not self.complete:
             raise TransferError(f"a piece of {printable(self.part)} did not arrive", SAME_COMMAND)
         return self._verifier.confirm()
@@ -1104,9 +1108,12 @@ class _Server:
         """What tells this bucket from all others."""
         return f"{self.access.endpoint}/{self.settings.bucket}"
 
-    def lanes(self, near: int, most: int = 0) -> int:
-        """How many requests may be under way at once: up to `most` where answers take time."""
-        more = round((self._wire.answer_seconds or 0) / OWN_SECONDS)
+    def lanes(self, near: int, most: int = 0, own_seconds: float = OWN_SECONDS) -> int:
+        """How many requests may be under way at once: up to `most` where answers take time.
+
+        `own_seconds` is what we do ourselves for each.
+        """
+        more = round((self._wire.answer_seconds or 0) / own_seconds)
         return self.settings.max_concurrency or max(near, min(near + more, most))
 
     def ask(self, request: S3Request, holding: str) -> bytes:
@@ -1913,7 +1920,7 @@ class Bucket:
         counted.add(held)
         try:
             for _ in _in_lanes(
-                self._server.lanes(*FETCH_LANES), arriving.missing(),
+                self._server.lanes(*FETCH_LANES, RANGE_SECONDS), arriving.missing(),
                 lambda piece: self._fetch(head, piece),
             ):  # fmt: skip
                 pass

@@ -47,7 +47,10 @@ from cloud_settings import S3Settings
 log = logging.getLogger("cloud_services")
 
 BLOCK_BYTES = 256 * KIB
-"""One call to send or receive: what the stall timeout is about."""
+"""One call to send: what the stall timeout is about."""
+
+RECEIVE_BYTES = 512 * KIB
+"""The most that one call receives. Each takes the interpreter from the other threads."""
 
 ERROR_BYTES = 64 * KIB
 MAX_SKEW_SECONDS = 300
@@ -548,7 +551,7 @@ class _Link:
         self.access, self.process = access, os.getpid()
         self.connection = access.connect()
         self.used = False
-        self._buffer = memoryview(bytearray(BLOCK_BYTES))
+        self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._start = self._end = 0
 
     def __enter__(self) -> None:
@@ -660,7 +663,7 @@ class _Answer:
         """So many bytes, or all there are; a body that ends early is an error."""
         got = 0
         while got != size:
-            block = self._link.take(BLOCK_BYTES if size < 0 else size - got)
+            block = self._link.take(RECEIVE_BYTES if size < 0 else size - got)
             if not block and size >= 0:
                 raise BrokenAnswerError(f"the answer ended after {got} of {size} bytes")
             if not block:

@@ -40,7 +40,6 @@ from cloud_services import (
     T,
     TransferError,
     UsageError,
-    WriteOut,
     extract_archive,
     file_sha256,
     free_space,
@@ -59,6 +58,7 @@ from cloud_services import (
     timestamped,
     verify_archive,
     write_all,
+    write_out,
 )
 from cloud_settings import SSHSettings
 
@@ -733,6 +733,7 @@ class _Incoming:
                 self._stream.close()
                 raise
         self._note(self._header, *(f"{index} {digest}" for index, digest in self.held.items()))
+        self._hashed = 0
         self._hasher = in_background(self._hash_file)
 
     @property
@@ -777,6 +778,8 @@ class _Incoming:
     def arrived(self, index: int) -> None:
         with local_errors(self.part), self._lock:
             self._note(f"{index} {self._digest(index) if self._note_digests else '-'}")
+        with local_errors(self.part):
+            write_out(self._stream, index * SEGMENT_BYTES, (index + 1) * SEGMENT_BYTES)
         self._watermark.done(index)
 
     def _digest(self, index: int) -> str:
@@ -784,17 +787,14 @@ class _Incoming:
         return hashlib.sha256(self._stream.read(SEGMENT_BYTES)).hexdigest()
 
     def _hash_file(self) -> str:
-        """Hash the file as it is on the disk, as far as it is complete; meanwhile write it out."""
-        digest, buffer, hashed = hashlib.sha256(), bytearray(SEGMENT_BYTES), 0
-        write_out = WriteOut(self._stream)
+        """Hash the file as it is on the disk, as far as it is complete."""
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(SEGMENT_BYTES))
         with open(self.part, "rb", buffering=0) as stream:
             while (count := self._complete.get()) is not None:
-                for number in range(hashed, count):
-                    length = stream.readinto(buffer)
-                    digest.update(memoryview(buffer)[:length])
-                    write_out.reached((number + 1) * SEGMENT_BYTES)
-                hashed = max(hashed, count)
-        if hashed < len(spans(self._remote.size)):
+                while self._hashed < count:
+                    digest.update(buffer[: stream.readinto(buffer)])
+                    self._hashed += 1
+        if self._hashed < len(spans(self._remote.size)):
             raise TransferError(f"a segment of {printable(self.part)} did not arrive", SAME_COMMAND)
         return digest.hexdigest()
 

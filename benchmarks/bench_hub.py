@@ -41,6 +41,7 @@ class Side:
     hub: LocalHub
     work: Path
     name: str
+    memory: int = 0
 
     def upload(self, folder: Path, repo: str) -> list[str]:
         """The command that sends a folder of ticks to a repository."""
@@ -66,7 +67,7 @@ class Side:
 
     def run(self, command: Sequence[str]) -> Run:
         """Run one command to its end, with what this side remembers."""
-        return run(command, cwd=self.work, environment=self.environment)
+        return run(command, cwd=self.work, environment=self.environment, memory=self.memory)
 
 
 def hf() -> str:
@@ -163,7 +164,7 @@ def _large_up(bench: Bench, mode: str, folder: Path) -> None:
 
     def send(name: str) -> Run:
         with LocalHub(bench.fresh("hub"), xet=MODES[mode]) as hub:
-            side = Side(hub, bench.folder, name)
+            side = Side(hub, bench.folder, name, 3 * _size(folder))
             side.forget()
             warm(folder)
             done = side.run(side.upload(folder, "tester/large"))
@@ -183,7 +184,8 @@ def _large_down(bench: Bench, mode: str, folder: Path) -> None:
             return _fetch(bench, side, folder)[0]
 
         what = f"{_size_of(folder)}, {mode}, down against hf download"
-        peak = bench.compare(what, _pair(fetch, _sides(bench, hub)), NO_SLOWER)
+        sides = _sides(bench, hub, 3 * _size(folder))
+        peak = bench.compare(what, _pair(fetch, sides), NO_SLOWER)
     _judge_peak(bench, mode, f"peak, {_size_of(folder)}, {mode}, down", peak)
 
 
@@ -257,8 +259,8 @@ def _large_file(bench: Bench) -> Path:
 # ---------------------------------------------------------------------------
 
 
-def _sides(bench: Bench, hub: LocalHub) -> tuple[Side, Side]:
-    return Side(hub, bench.folder, "ours"), Side(hub, bench.folder, "hf")
+def _sides(bench: Bench, hub: LocalHub, memory: int = 0) -> tuple[Side, Side]:
+    return Side(hub, bench.folder, "ours", memory), Side(hub, bench.folder, "hf", memory)
 
 
 def _pair(

@@ -42,6 +42,7 @@ class _Side:
     def __init__(self, bench: Bench, server: RcloneServer, url: str = "") -> None:
         home = bench.fresh("s3_home")
         self.server = server
+        self.memory = 0
         self._count = 0
         self.environment = {**os.environ, **server.env(url), "HOME": str(home)}
         self.environment |= {"XDG_CACHE_HOME": str(home)}
@@ -62,11 +63,12 @@ class _Side:
     def ours(self, command: str, prefix: str, *words: object) -> Run:
         """One run of our program."""
         line = ours(command, "--bucket", BUCKET, "--prefix", prefix, *map(str, words))
-        return run(line, environment=self.environment)
+        return run(line, environment=self.environment, memory=self.memory)
 
     def peer(self, name: str, *words: object) -> Run:
         """One run of a peer's program."""
-        return run([find_tool(name), *map(str, words)], environment=self.environment)
+        line = [find_tool(name), *map(str, words)]
+        return run(line, environment=self.environment, memory=self.memory)
 
     def upload(self, name: str, folder: Path, prefix: str = "") -> Run:
         """A folder to a prefix, a fresh one unless it is named."""
@@ -127,6 +129,7 @@ def _small(bench: Bench, side: _Side) -> None:
     """5,000 objects of 40 kB: up, nothing changed, down."""
     count = bench.size(5000, 200)
     data, into = _many(bench, count), bench.fresh("s3_small_down")
+    side.memory = 3 * count * SMALL_BYTES
     what = f"{count} objects of 40 kB"
     for peer, target in (("s5cmd", 0.7), ("aws", 0.2)):
         sides = partial(side.upload, "ours", data), partial(side.upload, peer, data)
@@ -155,6 +158,7 @@ def _large(bench: Bench, side: _Side) -> None:
     """One file of 1 GiB each way, against every peer: the fastest one counts."""
     size = bench.size(1024, 64)
     file, into = _payload(bench, size), bench.fresh("s3_large_down")
+    side.memory = 3 * file.stat().st_size
     what = f"{size} MiB in one object"
     for peer in PEERS:
         up = partial(side.put, "ours", file), partial(side.put, peer, file)

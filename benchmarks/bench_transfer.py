@@ -26,7 +26,8 @@ def loopback(bench: Bench) -> None:
     """1 GiB over loopback: no slower than scp, both directions."""
     payload = _payload(bench, bench.size(1024, 64) * 1024 * 1024)
     with SSHServer(bench.fresh("loopback_server")) as server:
-        route = Route(server, server.port, bench.fresh("loopback"))
+        memory = 3 * payload.stat().st_size
+        route = Route(server, server.port, bench.fresh("loopback"), memory)
         what = f"{payload.stat().st_size / 2**30:.4g} GiB over loopback"
         _both_ways(bench, route, payload, what, Target(at_most=1.0), LOOPBACK_RUNS)
         _for_information(bench, route, payload, what)

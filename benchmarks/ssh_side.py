@@ -18,6 +18,7 @@ class Route:
     server: SSHServer
     port: int
     work: Path
+    memory: int = 0
 
     def connection(self) -> list[str]:
         """Our flags for this route."""
@@ -44,7 +45,7 @@ class Route:
     def ours(self, command: str, *words: str) -> Run:
         """Run one of our commands over this route, with a home that knows the server."""
         line = ours(command, *self.connection(), *words)
-        return run(line, cwd=self.work, environment=self.server.environment)
+        return run(line, cwd=self.work, environment=self.server.environment, memory=self.memory)
 
     def upload(self, payload: Path) -> Run:
         """Send one file with our command."""
@@ -58,7 +59,7 @@ class Route:
         """Send one file with a peer."""
         empty(self.server.storage)
         warm(payload)
-        done = run([*start, str(payload), self.remote()], cwd=self.work)
+        done = run([*start, str(payload), self.remote()], cwd=self.work, memory=self.memory)
         return self.same(payload, self.server.storage, done)
 
     def download(self, payload: Path, into: Path) -> Run:
@@ -73,7 +74,8 @@ class Route:
         """Fetch one file of the storage with a peer."""
         empty(into)
         warm(self.server.storage)
-        done = run([*start, self.remote(payload.name), str(into)], cwd=self.work)
+        line = [*start, self.remote(payload.name), str(into)]
+        done = run(line, cwd=self.work, memory=self.memory)
         return self.same(payload, into, done)
 
     @staticmethod
