@@ -458,6 +458,21 @@ def write_all(stream: IO[bytes], data: bytes | bytearray | memoryview) -> None:
         view = view[stream.write(view) :]
 
 
+def write_at(
+    stream: IO[bytes], offset: int, data: bytes | memoryview, lock: threading.Lock
+) -> None:
+    """Write all of `data` at a place in an unbuffered file; threads share its `lock`."""
+    if not hasattr(os, "pwrite"):
+        with lock:
+            stream.seek(offset)
+            write_all(stream, data)
+        return
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(stream.fileno(), view, offset)
+        view, offset = view[count:], offset + count
+
+
 def write_out(stream: IO[bytes], before: int, after: int) -> None:
     """Send a growing file on its way to the disk, so that the last fsync has little left.
 

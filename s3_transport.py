@@ -67,6 +67,7 @@ from cloud_services import (
     printable,
     require_space,
     write_all,
+    write_at,
     write_out,
 )
 from cloud_settings import S3Settings
@@ -904,14 +905,7 @@ class _Arriving:
 
     def write(self, offset: int, data: memoryview) -> None:
         with local_errors(self.part):
-            if hasattr(os, "pwrite"):
-                while data:
-                    count = os.pwrite(self._stream.fileno(), data, offset)
-                    data, offset = data[count:], offset + count
-                return
-            with self._lock:
-                self._stream.seek(offset)
-                write_all(self._stream, data)
+            write_at(self._stream, offset, data, self._lock)
 
     def arrived(self, index: int) -> None:
         """A segment is complete."""

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
@@ -285,11 +285,11 @@ class SSHConnection:
         client: paramiko.SSHClient = self.paramiko.SSHClient()
         self._host_keys = KnownHosts(self)
         client.set_missing_host_key_policy(self._host_keys)  # type: ignore[arg-type]
-        self._sock = LiveSocket(self._open_socket())
+        self.live_socket = LiveSocket(self._open_socket())
         try:
             client.connect(
                 self.hostname, self.port, self.user, key_filename=self.identities(),  # type: ignore[arg-type]  # a list is fine
-                passphrase=passphrase, look_for_keys=False, sock=self._sock,  # type: ignore[arg-type]
+                passphrase=passphrase, look_for_keys=False, sock=self.live_socket,  # type: ignore[arg-type]
                 timeout=CONNECT_SECONDS, banner_timeout=CONNECT_SECONDS,
                 auth_timeout=2 * CONNECT_SECONDS, transport_factory=self._make_transport,
             )  # fmt: skip
@@ -384,7 +384,7 @@ class SSHConnection:
         """Ask for a sign of life when it is quiet; close a link that gives none."""
         patience = self.settings.timeout
         while not self._closed.wait(patience / 4):
-            silent = time.monotonic() - self._sock.last_heard
+            silent = time.monotonic() - self.live_socket.last_heard
             if silent > patience:
                 self.dead = True
                 self._client.close()
@@ -1088,7 +1088,7 @@ class _SFTPChannel:
         self._channel = channel or connection.open_session(
             connection.settings.timeout, self.WINDOW_BYTES
         )
-        self._channel.in_buffer = ChunkPipe()  # type: ignore[assignment]
+        self._channel.in_buffer = ChunkPipe(connection.live_socket)  # type: ignore[assignment]
         self._received = memoryview(b"")
         self._last_id = 0
         self.closed = False
@@ -1125,10 +1125,22 @@ class _SFTPChannel:
 
     def request(self, kind: int, *payload: bytes | memoryview) -> int:
         """Send a request and return its number, without waiting."""
-        self._last_id = (self._last_id + 1) & 0xFFFFFFFF
-        length = sum(map(len, payload)) + 5
-        self._send(struct.pack(">IBI", length, kind, self._last_id), *payload)
+        self._send(self._head(kind, sum(map(len, payload))), *payload)
         return self._last_id
+
+    def _head(self, kind: int, length: int) -> bytes:
+        """The start of a request with so many bytes, which gets the next number."""
+        self._last_id = (self._last_id + 1) & 0xFFFFFFFF
+        return struct.pack(">IBI", length + 5, kind, self._last_id)
+
+    def request_all(self, kind: int, payloads: Sequence[bytes]) -> list[int]:
+        """Send several requests at once and return their numbers, without waiting."""
+        packets, numbers = [], []
+        for payload in payloads:
+            packets += [self._head(kind, len(payload)), payload]
+            numbers.append(self._last_id)
+        self._send(*packets)
+        return numbers
 
     def answer(self) -> tuple[int, _Answer]:
         """The next packet: its kind, and what follows the request's number."""
@@ -1300,10 +1312,10 @@ class _SFTPLane:
         self._idle = True
 
     def _request_reads(self, offset: int, length: int, requests: dict[int, Span]) -> None:
-        for at in range(offset, offset + length, self._sftp.step):
-            count = min(self._sftp.step, offset + length - at)
-            head = struct.pack(">QI", at, count)
-            requests[self._sftp.request(SFTP.READ, self._handle + head)] = Span(at, count)
+        step, end = self._sftp.step, offset + length
+        reads = [Span(at, min(step, end - at)) for at in range(offset, end, step)]
+        payloads = [self._handle + struct.pack(">QI", *read) for read in reads]
+        requests.update(zip(self._sftp.request_all(SFTP.READ, payloads), reads, strict=True))
 
     def _take_data(
         self, requests: dict[int, Span], sink: Sink, advance: Advance

@@ -8,6 +8,7 @@ cipher that we ask for first; every other cipher, and every other message, is pa
 
 from __future__ import annotations
 
+import collections
 import importlib
 import math
 import os
@@ -15,7 +16,7 @@ import queue
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from paramiko.message import Message
@@ -38,10 +39,14 @@ class LiveSocket:
         self._ahead = memoryview(b"")
         self._takes_views = hasattr(sock, "sendmsg")
         self.last_heard = time.monotonic()
+        self.before_waiting: list[Callable[[], None]] = []
+        """To be called, once, before it waits for more to come."""
 
     def recv(self, count: int) -> bytes:
         """At least one byte and at most `count`; empty at the end."""
         if not self._ahead:
+            while self.before_waiting:
+                self.before_waiting.pop()()
             self._ahead = memoryview(self._sock.recv(256 * KIB))
             self.last_heard = time.monotonic()
         data, self._ahead = self._ahead[:count], self._ahead[count:]
@@ -58,33 +63,46 @@ class LiveSocket:
 class ChunkPipe:
     """Stands in for paramiko's BufferedPipe in a channel: hands chunks on as they are, uncopied.
 
-    The original appends to one array and moves all that is left at each read.
+    The original appends to one array and moves all that is left at each read, and wakes the reader
+    for each packet: here it is woken for all that one look at the socket brought.
     """
 
-    def __init__(self) -> None:
-        self._chunks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    def __init__(self, sock: LiveSocket) -> None:
+        self._sock = sock
+        self._came: list[bytes] = []
+        self._batches: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
+        self._chunks: collections.deque[bytes] = collections.deque()
 
     def feed(self, data: bytes) -> None:
-        """Take a chunk that arrived."""
-        self._chunks.put(data)
+        """Take a chunk that arrived; called by the thread that reads the socket."""
+        if not self._came:
+            self._sock.before_waiting.append(self._pass_on)
+        self._came.append(data)
+
+    def _pass_on(self) -> None:
+        came, self._came = self._came, []
+        self._batches.put(came)
 
     def read(self, count: int, timeout: float | None = None) -> bytes:
         """The next chunk, whatever its size; empty at the end. Raises as the original does."""
         try:
-            chunk = self._chunks.get(timeout=timeout)
+            while not self._chunks:
+                self._chunks.extend(self._batches.get(timeout=timeout))
         except queue.Empty as error:
             raise importlib.import_module("paramiko.buffered_pipe").PipeTimeout from error
+        chunk = self._chunks.popleft()
         if not chunk:
-            self.close()  # the end stays the end
+            self._chunks.append(b"")  # the end stays the end
         return chunk
 
     def read_ready(self) -> bool:
         """Whether reading would not wait."""
-        return not self._chunks.empty()
+        return bool(self._chunks) or not self._batches.empty()
 
     def close(self) -> None:
         """Nothing more will come."""
-        self._chunks.put(b"")
+        self._pass_on()
+        self._batches.put([b""])
 
 
 class SentData:

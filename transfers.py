@@ -58,6 +58,7 @@ from cloud_services import (
     timestamped,
     verify_archive,
     write_all,
+    write_at,
     write_out,
 )
 from cloud_settings import SSHSettings
@@ -771,9 +772,8 @@ class _Incoming:
             self._watermark.done(index)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        with local_errors(self.part), self._lock:
-            self._stream.seek(offset)
-            write_all(self._stream, data)
+        with local_errors(self.part):
+            write_at(self._stream, offset, data, self._lock)
 
     def arrived(self, index: int) -> None:
         with local_errors(self.part), self._lock:

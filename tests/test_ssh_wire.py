@@ -13,6 +13,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
+from paramiko.buffered_pipe import PipeTimeout
 from paramiko.channel import Channel
 from paramiko.message import Message
 from paramiko.packet import Packetizer
@@ -192,3 +193,35 @@ def test_keys_are_exchanged_again_before_too_much_was_sealed_with_them(
         )
         assert exchanges >= 4
     assert sha256(tmp_path / "back/data.bin") == sha256(file)
+
+
+class _Bytes:
+    """A socket whose content comes in the given pieces."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = [*pieces]
+
+    def recv(self, _most: int) -> bytes:
+        return self._pieces.pop(0)
+
+
+def test_what_came_for_a_channel_is_passed_on_before_more_is_waited_for() -> None:
+    live = ssh_wire.LiveSocket(_Bytes(b"ab", b"c"))
+    pipe = ssh_wire.ChunkPipe(live)
+    assert live.recv(1) == b"a"
+    pipe.feed(b"first")
+    assert live.recv(1) == b"b"  # it was here already: nobody is woken yet
+    pipe.feed(b"second")
+    assert not pipe.read_ready()
+    assert live.recv(1) == b"c"
+    assert pipe.read_ready()
+    assert [pipe.read(9), pipe.read(9)] == [b"first", b"second"]
+    with pytest.raises(PipeTimeout):
+        pipe.read(9, timeout=0.01)
+
+
+def test_what_came_before_the_end_of_a_channel_is_read_before_it() -> None:
+    pipe = ssh_wire.ChunkPipe(ssh_wire.LiveSocket(_Bytes()))
+    pipe.feed(b"last")
+    pipe.close()
+    assert [pipe.read(9) for _ in range(4)] == [b"last", b"", b"", b""]
