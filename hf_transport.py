@@ -736,12 +736,22 @@ class HubRepo:
                 )
 
         # Not in this thread: the client waits for all its own threads after a Ctrl-C.
-        return self.wire.in_turn(lambda: in_background(ask).result())
+        return self.wire.in_turn(lambda: _awaited(in_background(ask)))
 
     def tags(self) -> dict[str, str]:
         """The commit that each tag names."""
         tags = self.wire.json(f"{self._api_url}/refs")[0]["tags"]
         return {tag["name"]: tag["targetCommit"] for tag in tags}
+
+
+WAKE_SECONDS = 0.5
+
+
+def _awaited(future: Future[T]) -> T:
+    """The result of a future. A Ctrl-C that comes just before the waiting begins wakes nobody."""
+    while not wait([future], WAKE_SECONDS).done:
+        pass
+    return future.result()
 
 
 class Change(NamedTuple):
