@@ -312,7 +312,8 @@ def die(text): sys.stderr.write(text + "\n"); sys.exit(1)
 def facts(file):
     with tarfile.open(file) as tar:
         return json.load(tar.extractfile("manifest.json"))[0]
-open(state + "/pid", "w").write(str(os.getpid()))
+if words[0] in ("save", "load"):
+    open(state + "/pid", "w").write(str(os.getpid()))
 if order("down"):
     die(order("down"))
 if words == ["version"]:
@@ -390,6 +391,7 @@ class Docker:
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
     def runs(self) -> bool:
+        """Whether its last `save` or `load` still runs: a question may, it ends by itself."""
         assert wait_until(lambda: bool((self.state / "pid").read_text()))
         pid = int((self.state / "pid").read_text())
         state = Path(f"/proc/{pid}/stat")
