@@ -129,19 +129,19 @@ MEDIUM_LANES = 3, 32
 """The same for many objects of up to one part, either way."""
 
 SMALL_BYTES = 256 * KIB
-SMALL_AHEAD = 16, 32
-"""The same for objects up to this size.
+SMALL_SENDS, SMALL_FETCHES = (16, 32), (64, 64)
+"""The same for objects up to this size, which a thread asks for ahead, over a connection each.
 
-A thread sends requests ahead, over a connection each, while the server works on those before:
-several threads would mostly wait for each other.
+It sends half of the requests in one go, then reads half of the answers: they have come meanwhile.
+To wait for each, and to wake up the server for each, would take both a third more. A server takes
+longer over what it has to store, and no less where it gets more of it at once.
 """
 
-SEND_AHEAD, FETCH_AHEAD = 16, 32
-"""So many requests of one thread may be under way; where more shall be, there are more threads.
+SMALL_LANES = 1, 8
+"""So many threads share these requests: near a server, several would mostly wait for each other."""
 
-What a thread asked for has come while it worked on the answers before; a server takes longer over
-what it has to store.
-"""
+CONNECT_SECONDS = 0.005
+"""A server that takes so long to answer lets a thread more make its connections meanwhile."""
 
 OWN_SECONDS = 0.0005
 """About what a small object takes us: while a server thinks as long, one more can be under way."""
@@ -996,7 +996,7 @@ def _in_lanes_ahead(
 
 
 def _ended(ahead: int, begun: Iterable[Steps[R]]) -> Iterator[R]:
-    """What work in steps returns; each goes on when there is so much behind it."""
+    """What work in steps returns; when so much of it has begun, half of it is ended."""
     waiting: collections.deque[Steps[R]] = collections.deque()
     for steps in begun:
         try:
@@ -1006,7 +1006,8 @@ def _ended(ahead: int, begun: Iterable[Steps[R]]) -> Iterator[R]:
             continue
         waiting.append(steps)
         if len(waiting) == ahead:
-            yield _end(waiting.popleft())
+            for _ in range(-(-ahead // 2)):
+                yield _end(waiting.popleft())
     while waiting:
         yield _end(waiting.popleft())
 
@@ -1107,8 +1108,12 @@ class _Server:
 
         `own_seconds` is what we do ourselves for each.
         """
-        more = round((self._wire.answer_seconds or 0) / own_seconds)
-        return self.settings.max_concurrency or max(near, min(near + more, most))
+        return self.settings.max_concurrency or self.by_distance(near, most, own_seconds)
+
+    def by_distance(self, near: int, most: int, seconds: float) -> int:
+        """`near`, and one more for so many `seconds` that the server takes to answer."""
+        more = round((self._wire.answer_seconds or 0) / seconds)
+        return max(near, min(near + more, most))
 
     def ask(self, request: S3Request, holding: str) -> bytes:
         """One request whose answer is a document with this element; the document."""
@@ -1841,7 +1846,7 @@ class Bucket:
             return self._put_file(_LocalFile(path), key, "", metadata, advance)
 
         yield from self._ahead(
-            SEND_AHEAD, items, lambda job: _outcome_of_steps(job[1], job[0], send_small(*job))
+            *SMALL_SENDS, items, lambda job: _outcome_of_steps(job[1], job[0], send_small(*job))
         )
         yield from self._side_by_side(
             medium, lambda job: _outcome(job[1], job[0], lambda: send_medium(*job))
@@ -1850,11 +1855,11 @@ class Bucket:
             yield _outcome(key, path, functools.partial(send_large, path, key))
 
     def _ahead(
-        self, most: int, jobs: Iterable[T], work: Callable[[T], Steps[R | None]]
+        self, near: int, far: int, jobs: Iterable[T], work: Callable[[T], Steps[R | None]]
     ) -> Iterator[R]:
-        """What came of the jobs, whose requests each thread sends ahead, up to `most` of them."""
-        requests = self._server.lanes(*SMALL_AHEAD)
-        lanes = -(-requests // most)
+        """What came of the jobs, whose requests are sent ahead: so many near a server, and far."""
+        requests = self._server.lanes(near, far)
+        lanes = min(requests, self._server.by_distance(*SMALL_LANES, CONNECT_SECONDS))
         done = _in_lanes_ahead(lanes, requests // lanes, jobs, work)
         return (one for one in done if one is not None)
 
@@ -1987,8 +1992,9 @@ class Bucket:
             return self._get_file(self.head(info.key), Path(path), self.progress.advance)
 
         yield from self._ahead(
-            FETCH_AHEAD, items, lambda job: _outcome_of_steps(job[0].key, job[1], fetch_small(*job))
-        )
+            *SMALL_FETCHES, items,
+            lambda job: _outcome_of_steps(job[0].key, job[1], fetch_small(*job)),
+        )  # fmt: skip
         yield from self._side_by_side(
             medium, lambda job: _outcome(job[0].key, job[1], lambda: self._get_small(*job))
         )

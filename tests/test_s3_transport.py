@@ -1065,15 +1065,15 @@ def test_many_small_objects_travel_over_a_few_kept_connections_without_a_questio
     proxy: FaultProxy, spoiled: s3.Bucket, tmp_path: Path,
     opened: list[http.client.HTTPConnection],
 ) -> None:  # fmt: skip
-    files = [(random_file(tmp_path / str(n), 100, n), spoiled.key(str(n))) for n in range(100)]
+    files = [(random_file(tmp_path / str(n), 100, n), spoiled.key(str(n))) for n in range(300)]
     assert all(outcome.stored for outcome in spoiled.put_many(files))
     infos = list(spoiled.list(spoiled.key()))
     assert all(o.stored for o in spoiled.get_many((i, tmp_path / "to" / i.key) for i in infos))
-    assert len(opened) <= 33
+    assert len(opened) <= 1 + max(s3.SMALL_FETCHES)
     assert {(seen.operation, seen.status) for seen in proxy.log} == {
         ("PUT", 200), ("GET list-type", 200), ("GET", 200),
     }  # fmt: skip
-    assert (len(proxy.seen("PUT")), len(proxy.seen("GET"))) == (100, 100)
+    assert (len(proxy.seen("PUT")), len(proxy.seen("GET"))) == (300, 300)
 
 
 def test_connections_are_kept_after_refusals_and_for_all_pieces_of_a_stream(
@@ -1160,6 +1160,8 @@ def test_a_slow_server_is_asked_for_more_at_once(bucket: s3.Bucket) -> None:
     for wire.answer_seconds in (None, 0.0001, 0.002, 0.02, 5.0):
         lanes.append(bucket._server.lanes(3, 32))
     assert lanes == [3, 3, 7, 32, 32]
+    bucket._server.settings = bucket._server.settings._replace(max_concurrency=10)
+    assert (bucket._server.lanes(3, 32), bucket._server.by_distance(1, 8, 0.005)) == (10, 8)
 
 
 def test_a_link_in_the_place_of_a_file_is_replaced_and_never_followed(
