@@ -143,6 +143,11 @@ SMALL_LANES = 1, 8
 CONNECT_SECONDS = 0.005
 """A server that takes so long to answer lets a thread more make its connections meanwhile."""
 
+MOST_PUT_OFF = 100
+"""So many small objects at which the server failed are left for later, as if they had not been
+tried; after that it gets time.
+"""
+
 OWN_SECONDS = 0.0005
 """About what a small object takes us: while a server thinks as long, one more can be under way."""
 
@@ -1174,7 +1179,7 @@ class _Server:
             return etag
 
         try:
-            return self.patiently(attempt, operation_of(request), request.key)
+            return self.patiently(attempt, operation_of(request), request.key, begun)
         except BaseException:
             if damaged and not request.query:
                 self._remove(request.key, damaged[-1])
@@ -1261,8 +1266,13 @@ class _Server:
                 log.info("no reason for the refusal of %s: %s", printable(key), printable(other))
         return error
 
-    def patiently(self, attempt: Callable[[], T], operation: str, key: str) -> T:
-        """Call `attempt` until it works, it makes no sense any more, or it was tried enough."""
+    def patiently(
+        self, attempt: Callable[[], T], operation: str, key: str, begun: Begun | None = None
+    ) -> T:
+        """Call `attempt` until it works, it makes no sense any more, or it was tried enough.
+
+        Raises _PutOffError in place of waiting where its request was `begun` among others.
+        """
         pauses = (FIRST_PAUSE * 2**n for n in range(self.settings.max_attempts - 1))
         moved = False
         while True:
@@ -1279,6 +1289,9 @@ class _Server:
                 pause = next(pauses, None)
                 if pause is None or not self._worth_another_try(error):
                     raise self.access.translate(error, operation, key, self._reached) from error
+                if begun and not _asks_for_calm(error) and response_of(error)[1] >= 500:
+                    log.info("%s: %s; trying again later", operation, printable(error))
+                    raise _PutOffError from error
                 self._pause(error, min(pause, LONGEST_PAUSE), operation)
             else:
                 self._reached = True
@@ -1291,10 +1304,7 @@ class _Server:
     def _pause(self, error: Exception, longest: float, operation: str) -> None:
         pause = random.uniform(longest / 2, longest)  # noqa: S311 - no secret depends on it
         log.info("%s: %s; trying again in %.1f s", operation, printable(error), pause)
-        if response_of(error)[1] in (
-            429,
-            503,
-        ):  # it asks everyone to slow down, not this thread only
+        if _asks_for_calm(error):
             self._calm_at = time.monotonic() + pause
         else:
             time.sleep(pause)
@@ -1309,6 +1319,15 @@ class _Server:
             self.access = Access(self.settings._replace(region=region))
             self._wire.access = self.access
             return True
+
+
+def _asks_for_calm(error: BaseException) -> bool:
+    """Whether the server wants everyone to slow down, not this thread only."""
+    return response_of(error)[1] in (429, 503)
+
+
+class _PutOffError(Exception):
+    """The server has failed at one of many: it is tried again after the others."""
 
 
 def put_request(
@@ -1845,23 +1864,42 @@ class Bucket:
         def send_large(path: str | Path, key: str) -> Stored:
             return self._put_file(_LocalFile(path), key, "", metadata, advance)
 
+        def send_alone(job: tuple[str | Path, str]) -> Outcome:
+            return _outcome(job[1], job[0], lambda: send_medium(*job))
+
         yield from self._ahead(
-            *SMALL_SENDS, items, lambda job: _outcome_of_steps(job[1], job[0], send_small(*job))
-        )
-        yield from self._side_by_side(
-            medium, lambda job: _outcome(job[1], job[0], lambda: send_medium(*job))
-        )
+            *SMALL_SENDS, items, lambda job: _outcome_of_steps(job[1], job[0], send_small(*job)),
+            send_alone,
+        )  # fmt: skip
+        yield from self._side_by_side(medium, send_alone)
         for path, key in large:
             yield _outcome(key, path, functools.partial(send_large, path, key))
 
     def _ahead(
-        self, near: int, far: int, jobs: Iterable[T], work: Callable[[T], Steps[R | None]]
-    ) -> Iterator[R]:
-        """What came of the jobs, whose requests are sent ahead: so many near a server, and far."""
+        self, near: int, far: int, jobs: Iterable[T], begin: Callable[[T], Steps[R | None]],
+        alone: Callable[[T], R],
+    ) -> Iterator[R]:  # fmt: skip
+        """What came of the jobs, whose requests are sent ahead: so many near a server, and far.
+
+        A job at which the server failed is done `alone` after all others; if it fails often, at
+        once, with pauses that give it time.
+        """
+        failed: list[T] = []
+
+        def steps(job: T) -> Steps[R | None]:
+            try:
+                return (yield from begin(job))
+            except _PutOffError:
+                if len(failed) >= MOST_PUT_OFF:
+                    return alone(job)
+                failed.append(job)
+                return None
+
         requests = self._server.lanes(near, far)
         lanes = min(requests, self._server.by_distance(*SMALL_LANES, CONNECT_SECONDS))
-        done = _in_lanes_ahead(lanes, requests // lanes, jobs, work)
-        return (one for one in done if one is not None)
+        done = _in_lanes_ahead(lanes, requests // lanes, jobs, steps)
+        yield from (one for one in done if one is not None)
+        yield from self._side_by_side(failed, alone)
 
     def _side_by_side(self, jobs: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
         return _in_lanes(self._server.lanes(*MEDIUM_LANES), jobs, work)
@@ -1991,13 +2029,14 @@ class Bucket:
         def fetch_large(info: ObjectInfo, path: str | Path) -> Stored:
             return self._get_file(self.head(info.key), Path(path), self.progress.advance)
 
+        def fetch_alone(job: tuple[ObjectInfo, str | Path]) -> Outcome:
+            return _outcome(job[0].key, job[1], lambda: self._get_small(*job))
+
         yield from self._ahead(
             *SMALL_FETCHES, items,
-            lambda job: _outcome_of_steps(job[0].key, job[1], fetch_small(*job)),
+            lambda job: _outcome_of_steps(job[0].key, job[1], fetch_small(*job)), fetch_alone,
         )  # fmt: skip
-        yield from self._side_by_side(
-            medium, lambda job: _outcome(job[0].key, job[1], lambda: self._get_small(*job))
-        )
+        yield from self._side_by_side(medium, fetch_alone)
         for info, path in large:
             yield _outcome(info.key, path, functools.partial(fetch_large, info, path))
 
@@ -2034,7 +2073,7 @@ class Bucket:
                 whole.undo()
                 raise
 
-        return self._server.patiently(attempt, "GetObject", key)
+        return self._server.patiently(attempt, "GetObject", key, begun)
 
     # ── streams of unknown size
 

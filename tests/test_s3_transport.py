@@ -1047,6 +1047,36 @@ def test_of_many_the_one_that_was_damaged_on_the_way_there_is_sent_again(
         assert server.content(key) == files[key].read_bytes()
 
 
+@pytest.mark.parametrize("failures", [3, 14])
+def test_of_many_those_at_which_the_server_failed_come_last_and_hold_nobody_up(
+    proxy: FaultProxy, spoiled: s3.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    failures: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(s3, "MOST_PUT_OFF", 10)
+    monkeypatch.delattr(s3._Server, "_pause")
+    files = {spoiled.key(str(n)): random_file(tmp_path / str(n), 50, n) for n in range(200)}
+    counter = spoiled.progress = Counter()
+    for method in ("PUT", "GET"):
+        infos = list(spoiled.list(spoiled.key()))
+        where = {info: tmp_path / "to" / info.key for info in infos}
+        rule = proxy.fail(
+            "status", method=method, path=spoiled.key(), times=failures, status=500,
+            code="InternalError",
+        )  # fmt: skip
+        if method == "PUT":
+            done = list(spoiled.put_many((path, key) for key, path in files.items()))
+        else:
+            done = list(spoiled.get_many(where.items()))
+        assert rule.hits == failures
+        assert all(outcome.stored for outcome in done)
+        assert {outcome.key for outcome in done} == set(files)
+        failed = {seen.path for seen in proxy.seen(method) if seen.status == 500}
+        last = [outcome.key for outcome in done[-min(failures, 10) :]]
+        assert all(any(path.endswith(f"/{key}") for path in failed) for key in last)
+    assert all((tmp_path / "to" / key).read_bytes() == files[key].read_bytes() for key in files)
+    assert counter.total == 2 * 200 * 50
+
+
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[http.client.HTTPConnection]:
     """All connections that were opened so far."""
