@@ -458,19 +458,28 @@ def write_all(stream: IO[bytes], data: bytes | bytearray | memoryview) -> None:
         view = view[stream.write(view) :]
 
 
+MOST_PIECES = 1024  # that one call writes: what Linux and macOS allow
+
+
 def write_at(
-    stream: IO[bytes], offset: int, data: bytes | memoryview, lock: threading.Lock
+    stream: IO[bytes], lock: threading.Lock, offset: int, *pieces: bytes | memoryview
 ) -> None:
-    """Write all of `data` at a place in an unbuffered file; threads share its `lock`."""
-    if not hasattr(os, "pwrite"):
+    """Write pieces one after the other at a place in an unbuffered file that threads share."""
+    if not hasattr(os, "pwritev") or len(pieces) > MOST_PIECES:
+        pieces = (b"".join(pieces),)
+    if not hasattr(os, "pwritev"):
         with lock:
             stream.seek(offset)
-            write_all(stream, data)
+            write_all(stream, *pieces)
         return
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(stream.fileno(), view, offset)
-        view, offset = view[count:], offset + count
+    rest = list(pieces)
+    while rest:
+        count = os.pwritev(stream.fileno(), rest, offset)
+        offset += count
+        while rest and count >= len(rest[0]):
+            count -= len(rest.pop(0))
+        if count:
+            rest[0] = memoryview(rest[0])[count:]
 
 
 def write_out(stream: IO[bytes], before: int, after: int) -> None:

@@ -910,7 +910,7 @@ class _Arriving:
 
     def write(self, offset: int, data: memoryview) -> None:
         with local_errors(self.part):
-            write_at(self._stream, offset, data, self._lock)
+            write_at(self._stream, self._lock, offset, data)
 
     def arrived(self, index: int) -> None:
         """A segment is complete."""

@@ -7,6 +7,7 @@ needs a server, and works without it for archives and mounted folders.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import fnmatch
 import glob
@@ -1080,16 +1081,16 @@ class _SFTPChannel:
     WINDOW_BYTES = 32 * MIB
 
     def __init__(self, connection: SSHConnection, channel: paramiko.Channel | None = None) -> None:
-        from ssh_wire import ChunkPipe, send_some
+        import ssh_wire
 
         self.connection = connection
-        self._send_some = send_some
+        self._wire = ssh_wire
         self._unwanted: set[int] = set()  # requests whose answers nobody waits for
         self._channel = channel or connection.open_session(
             connection.settings.timeout, self.WINDOW_BYTES
         )
-        self._channel.in_buffer = ChunkPipe(connection.live_socket)  # type: ignore[assignment]
-        self._received = memoryview(b"")
+        self._pipe = ssh_wire.open_pipe(self._channel, connection.live_socket)
+        self._received: collections.deque[bytes | memoryview] = collections.deque()
         self._last_id = 0
         self.closed = False
         with ssh_errors(connection):
@@ -1191,17 +1192,9 @@ class _SFTPChannel:
         """A 32-bit number of the packet that is being read."""
         return int(struct.unpack(">I", self.read(4))[0])
 
-    def read_into(self, buffer: memoryview) -> None:
-        """Fill `buffer` from the packet that is being read."""
-        filled = 0
-        while filled < len(buffer):
-            piece = self._read_some(len(buffer) - filled)
-            buffer[filled : filled + len(piece)] = piece
-            filled += len(piece)
-
     def has_answers(self) -> bool:
         """Whether reading would not wait."""
-        return bool(self._received) or self._channel.recv_ready()
+        return bool(self._received) or self._pipe.has_some()
 
     def close(self) -> None:
         """Close it in the thread that used it.
@@ -1211,30 +1204,38 @@ class _SFTPChannel:
         """
         self.closed = True
         with contextlib.suppress(Exception):
+            self._wire.close_pipe(self._channel)
             self._channel.close()
 
     def _send(self, *packet: bytes | memoryview) -> None:
         rest = memoryview(b"".join(packet))
         with ssh_errors(self.connection):
             while rest:
-                rest = rest[self._send_some(self._channel, rest) :]
+                rest = rest[self._wire.send_some(self._channel, rest) :]
 
     def read(self, count: int) -> bytes:
         """Exactly `count` bytes of the packet that is being read."""
-        data = bytes(self._read_some(count))
-        while len(data) < count:
-            data += self._read_some(count - len(data))
-        return data
+        return b"".join(self.pieces(count))
 
-    def _read_some(self, most: int) -> memoryview:
-        """At least one byte and at most `most`, as they came: nothing is copied."""
+    def pieces(self, count: int) -> list[bytes | memoryview]:
+        """The same in pieces, as they came: nothing is copied."""
+        found: list[bytes | memoryview] = []
+        while count:
+            piece = self._next_piece()
+            if len(piece) > count:
+                self._received.appendleft(memoryview(piece)[count:])
+                piece = memoryview(piece)[:count]
+            found.append(piece)
+            count -= len(piece)
+        return found
+
+    def _next_piece(self) -> bytes | memoryview:
         if not self._received:
             with ssh_errors(self.connection):
-                self._received = memoryview(self._channel.recv(most))
+                self._received.extend(self._wire.receive_some(self._channel, self._pipe))
             if not self._received:
                 raise self.connection.lost()
-        data, self._received = self._received[:most], self._received[most:]
-        return data
+        return self._received.popleft()
 
 
 class _SFTPLane:
@@ -1251,8 +1252,6 @@ class _SFTPLane:
         self._most_waiting = channel.connection.most_waiting
         self._idle = True
         self._limiter = channel.connection.limiter
-        # Reused: on many machines fresh memory costs more than the copy.
-        self._buffer = memoryview(bytearray(0 if writing else channel.step))
         flags = SFTP.OPEN_WRITE_CREATE if writing else SFTP.OPEN_READ
         request = channel.string(path) + struct.pack(">II", flags, 0)
         self._handle = channel.ask(SFTP.OPEN, request, SFTP.HANDLE, path).rest()
@@ -1332,10 +1331,10 @@ class _SFTPLane:
                 f"{sftp.connection.name} sends {length} bytes for {wanted}", SAME_COMMAND
             )
         self._limiter.take(length)
-        sftp.read_into(self._buffer[:length])
+        pieces = sftp.pieces(length)
         if length < wanted:
             self._request_reads(offset + length, wanted - length, requests)
-        sink.write(offset, self._buffer[:length])
+        sink.write(offset, *pieces)
         advance(length)
         return offset, length
 

@@ -8,8 +8,6 @@ cipher that we ask for first; every other cipher, and every other message, is pa
 
 from __future__ import annotations
 
-import collections
-import importlib
 import math
 import os
 import queue
@@ -20,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from paramiko.message import Message
-from paramiko.packet import Packetizer
+from paramiko.packet import NeedRekeyException, Packetizer
 
 from cloud_services import KIB, REKEY_BYTES
 
 SERVICE_REQUEST, SERVICE_ACCEPT = 5, 6  # RFC 4253, section 10
-CHANNEL_DATA = 94  # RFC 4254, section 5.2
+CHANNEL_WINDOW_ADJUST, CHANNEL_DATA = 93, 94  # RFC 4254, section 5.2
 GCM_BLOCK, GCM_TAG = 16, 16
 MOST_AT_ONCE = 256 * KIB
 """Content that leaves in one piece: what sshd reads at once, and still in the processor's cache."""
@@ -52,6 +50,15 @@ class LiveSocket:
         data, self._ahead = self._ahead[:count], self._ahead[count:]
         return bytes(data)
 
+    def packet(self, more: int) -> tuple[memoryview, memoryview] | None:
+        """A packet that has come whole: the four bytes of its length; it, with `more` bytes."""
+        ahead = self._ahead
+        end = 4 + int.from_bytes(ahead[:4], "big") + more
+        if len(ahead) < end:
+            return None
+        self._ahead = ahead[end:]
+        return ahead[:4], ahead[4:end]
+
     def send(self, data: bytes | memoryview) -> int:
         """Send some of `data`; a jump host's channel and a proxy's pipe take nothing but bytes."""
         return int(self._sock.send(data if self._takes_views else bytes(data)))
@@ -69,11 +76,10 @@ class ChunkPipe:
 
     def __init__(self, sock: LiveSocket) -> None:
         self._sock = sock
-        self._came: list[bytes] = []
-        self._batches: queue.SimpleQueue[list[bytes]] = queue.SimpleQueue()
-        self._chunks: collections.deque[bytes] = collections.deque()
+        self._came: list[bytes | memoryview] = []
+        self._batches: queue.SimpleQueue[list[bytes | memoryview]] = queue.SimpleQueue()
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Take a chunk that arrived; called by the thread that reads the socket."""
         if not self._came:
             self._sock.before_waiting.append(self._pass_on)
@@ -81,28 +87,55 @@ class ChunkPipe:
 
     def _pass_on(self) -> None:
         came, self._came = self._came, []
-        self._batches.put(came)
+        if came:
+            self._batches.put(came)
 
-    def read(self, count: int, timeout: float | None = None) -> bytes:
-        """The next chunk, whatever its size; empty at the end. Raises as the original does."""
+    def take(self, timeout: float | None = None) -> list[bytes | memoryview]:
+        """The next chunks; none at the end. Raises TimeoutError when nothing comes."""
         try:
-            while not self._chunks:
-                self._chunks.extend(self._batches.get(timeout=timeout))
+            batch = self._batches.get(timeout=timeout)
         except queue.Empty as error:
-            raise importlib.import_module("paramiko.buffered_pipe").PipeTimeout from error
-        chunk = self._chunks.popleft()
-        if not chunk:
-            self._chunks.append(b"")  # the end stays the end
-        return chunk
+            raise TimeoutError("nothing comes") from error
+        if not batch:
+            self._batches.put(batch)  # the end stays the end
+        return batch
 
-    def read_ready(self) -> bool:
-        """Whether reading would not wait."""
-        return bool(self._chunks) or not self._batches.empty()
+    def has_some(self) -> bool:
+        """Whether taking would not wait."""
+        return not self._batches.empty()
 
     def close(self) -> None:
         """Nothing more will come."""
         self._pass_on()
-        self._batches.put([b""])
+        self._batches.put([])
+
+
+def open_pipe(channel: Any, sock: LiveSocket) -> ChunkPipe:
+    """Let all that comes for a paramiko channel go into a ChunkPipe."""
+    channel.in_buffer = pipe = ChunkPipe(sock)
+    channel.transport.packetizer.pipes[channel.chanid] = pipe
+    return pipe
+
+
+def close_pipe(channel: Any) -> None:
+    """Nobody reads on: what still comes is paramiko's business."""
+    channel.transport.packetizer.pipes.pop(channel.chanid, None)
+
+
+def receive_some(channel: Any, pipe: ChunkPipe) -> list[bytes | memoryview]:
+    """All that came for a paramiko channel, or comes next; nothing at the end.
+
+    Raises TimeoutError when nothing comes in the channel's time.
+    """
+    pieces = pipe.take(channel.timeout)
+    taken = channel._check_add_window(sum(map(len, pieces)))  # noqa: SLF001 - what recv() would do
+    if taken:
+        message = Message()
+        message.add_byte(bytes([CHANNEL_WINDOW_ADJUST]))
+        message.add_int(channel.remote_chanid)
+        message.add_int(taken)
+        channel.transport._send_user_message(message)  # noqa: SLF001 - as above
+    return pieces
 
 
 class SentData:
@@ -164,7 +197,7 @@ class GCM:
         self.bytes += len(plain)
         return head, self._engine.encrypt(self._next_nonce(), plain, head)
 
-    def open(self, head: bytes, sealed: bytes) -> memoryview:
+    def open(self, head: bytes | memoryview, sealed: bytes | memoryview) -> memoryview:
         """The payload of a packet; raises InvalidTag when it is not what was sent."""
         plain = self._engine.decrypt(self._next_nonce(), sealed, head)
         self.bytes += len(plain)
@@ -184,6 +217,9 @@ class BulkPacketizer(Packetizer):
 
     def __init__(self, sock: Any) -> None:
         super().__init__(sock)
+        self._live: LiveSocket = sock
+        self.pipes: dict[int, ChunkPipe] = {}
+        """Where the content of our channels goes, by our number of each."""
         self._sealer: GCM | None = None
         self._opener: GCM | None = None
         self._sealing = threading.Lock()
@@ -230,14 +266,33 @@ class BulkPacketizer(Packetizer):
         if self._opener is None:
             kind, message = super().read_message()
             return kind, message
-        head = self.read_all(4, check_rekey=True)
-        payload = self._opener.open(head, self.read_all(int.from_bytes(head, "big") + GCM_TAG))
-        self._rekey_in_time(self._opener)
+        while self._passed_on(payload := self._next_payload(self._opener)):
+            if self.need_rekey():
+                raise NeedRekeyException  # paramiko sees to that, and asks again
         if payload[0] == CHANNEL_DATA:
             return CHANNEL_DATA, ReceivedData(payload)
         message = Message(bytes(payload[1:]))
         message.seqno = 0
         return payload[0], message
+
+    def _next_payload(self, opener: GCM) -> memoryview:
+        if packet := self._live.packet(GCM_TAG):
+            payload = opener.open(*packet)
+        else:
+            head = self.read_all(4, check_rekey=True)
+            payload = opener.open(head, self.read_all(int.from_bytes(head, "big") + GCM_TAG))
+        self._rekey_in_time(opener)
+        return payload
+
+    def _passed_on(self, payload: memoryview) -> bool:
+        """Whether this was content for one of our pipes, which has it now."""
+        if payload[0] != CHANNEL_DATA:
+            return False
+        pipe = self.pipes.get(int.from_bytes(payload[1:5], "big"))
+        if pipe is None:
+            return False
+        pipe.feed(payload[9 : 9 + int.from_bytes(payload[5:9], "big")])
+        return True
 
     def _rekey_in_time(self, cipher: GCM) -> None:
         if cipher.bytes >= self.REKEY_BYTES and not self.need_rekey():

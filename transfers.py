@@ -112,7 +112,7 @@ class Lane(Protocol):
 class Sink(Protocol):
     """Takes what a lane receives; called from several threads."""
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, *pieces: bytes | memoryview) -> None:
         """Bytes of the file from `offset` on."""
 
     def arrived(self, index: int) -> None:
@@ -688,8 +688,8 @@ class ReadBack:
             lane.receive(iter(spans(size)), self, lambda count: None)
         return [self._segments[index] for index in sorted(self._segments)]
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        self._pieces.setdefault(offset // SEGMENT_BYTES, {})[offset] = bytes(data)
+    def write(self, offset: int, *pieces: bytes | memoryview) -> None:
+        self._pieces.setdefault(offset // SEGMENT_BYTES, {})[offset] = b"".join(pieces)
 
     def arrived(self, index: int) -> None:
         self._watermark.done(index)
@@ -771,9 +771,9 @@ class _Incoming:
         for index in sorted(self.held):
             self._watermark.done(index)
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, *pieces: bytes | memoryview) -> None:
         with local_errors(self.part):
-            write_at(self._stream, offset, data, self._lock)
+            write_at(self._stream, self._lock, offset, *pieces)
 
     def arrived(self, index: int) -> None:
         with local_errors(self.part), self._lock:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
-from paramiko.buffered_pipe import PipeTimeout
 from paramiko.channel import Channel
 from paramiko.message import Message
-from paramiko.packet import Packetizer
+from paramiko.packet import NeedRekeyException, Packetizer
 
 import ssh_wire
 from cloud_services import KIB, PaperspaceDownloader, PaperspaceUploader
@@ -31,15 +31,28 @@ messages = st.lists(
 contents = st.lists(st.integers(1, 3 * PACKET), max_size=4)
 
 
+class Chopped:
+    """A socket that brings no more than so many bytes at a time."""
+
+    def __init__(self, sock: socket.socket, sizes: Iterable[int]) -> None:
+        self._sock, self._sizes = sock, itertools.cycle(sizes)
+
+    def recv(self, most: int) -> bytes:
+        return self._sock.recv(min(most, next(self._sizes)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+
 class Pair:
     """Two ends of a connection under one key; `ours` sends or receives, `theirs` is paramiko's."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Iterable[int] = (MIB,)) -> None:
         self.sockets = socket.socketpair()
         for sock in self.sockets:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MIB)
             sock.settimeout(10)
-        self.ours = BulkPacketizer(self.sockets[0])
+        self.ours = BulkPacketizer(ssh_wire.LiveSocket(Chopped(self.sockets[0], sizes)))
         self.theirs = Packetizer(self.sockets[1])
         engine, nonce = AESGCM(os.urandom(16)), os.urandom(4) + bytes(5) + b"\xff\xff\xfe"
         for end in (self.ours, self.theirs):
@@ -102,6 +115,53 @@ def test_we_read_paramikos_packets(texts: list[bytes], sizes: list[int]) -> None
             assert (kind, message.get_int(), message.get_binary()) == (CHANNEL_DATA, 9, content)
 
 
+@given(
+    sizes=st.lists(st.integers(0, 2 * PACKET), max_size=8),
+    cuts=st.lists(st.integers(1, 3 * PACKET), min_size=1, max_size=5),
+)
+def test_content_for_our_pipes_never_meets_paramiko_and_all_else_does(
+    sizes: list[int], cuts: list[int]
+) -> None:
+    with Pair(cuts) as pair:
+        channel: Any = Channel(9)
+        channel.transport = _Transport()
+        channel.transport.packetizer = pair.ours
+        pipe = ssh_wire.open_pipe(channel, pair.ours._live)
+        sent = [os.urandom(size) for size in sizes]
+        for content in sent:
+            pair.theirs.send_message(data_message(9, content))
+        for recipient in (8, 9):
+            if recipient == 9:
+                ssh_wire.close_pipe(channel)
+            pair.theirs.send_message(data_message(recipient, b"other"))
+            kind, message = pair.ours.read_message()
+            assert (kind, message.get_int(), message.get_binary()) == (
+                CHANNEL_DATA, recipient, b"other",
+            )  # fmt: skip
+        pipe.close()
+        pieces = list(itertools.chain(*iter(pipe.take, [])))
+        assert [bytes(piece) for piece in pieces] == sent
+
+
+def test_a_key_exchange_that_is_due_is_told_between_two_pieces_of_content() -> None:
+    with Pair() as pair:
+        pair.ours.REKEY_BYTES = 3 * PACKET
+        pipe = pair.ours.pipes[9] = ssh_wire.ChunkPipe(pair.ours._live)
+        for _ in range(5):
+            pair.theirs.send_message(data_message(9, bytes(PACKET)))
+        pair.theirs.send_message(Message(b"\x50"))
+        told = 0
+        while True:
+            try:
+                assert pair.ours.read_message()[0] == 0x50
+                break
+            except NeedRekeyException:
+                told += 1
+        assert told == 3  # after the third, and as long as nobody sees to it
+        pipe.close()
+        assert sum(map(len, itertools.chain(*iter(pipe.take, [])))) == 5 * PACKET
+
+
 @given(position=st.integers(0, 199))
 def test_a_flipped_bit_is_never_taken_for_a_message(position: int) -> None:
     with Pair() as pair:
@@ -117,9 +177,9 @@ class _Transport:
     """Keeps what a channel sends."""
 
     def __init__(self) -> None:
-        self.sent: list[SentData] = []
+        self.sent: list[Any] = []
 
-    def _send_user_message(self, message: SentData) -> None:
+    def _send_user_message(self, message: Any) -> None:
         self.sent.append(message)
 
 
@@ -212,16 +272,36 @@ def test_what_came_for_a_channel_is_passed_on_before_more_is_waited_for() -> Non
     pipe.feed(b"first")
     assert live.recv(1) == b"b"  # it was here already: nobody is woken yet
     pipe.feed(b"second")
-    assert not pipe.read_ready()
+    assert not pipe.has_some()
     assert live.recv(1) == b"c"
-    assert pipe.read_ready()
-    assert [pipe.read(9), pipe.read(9)] == [b"first", b"second"]
-    with pytest.raises(PipeTimeout):
-        pipe.read(9, timeout=0.01)
+    assert pipe.has_some()
+    assert pipe.take() == [b"first", b"second"]
+    with pytest.raises(TimeoutError):
+        pipe.take(timeout=0.01)
 
 
 def test_what_came_before_the_end_of_a_channel_is_read_before_it() -> None:
     pipe = ssh_wire.ChunkPipe(ssh_wire.LiveSocket(_Bytes()))
     pipe.feed(b"last")
     pipe.close()
-    assert [pipe.read(9) for _ in range(4)] == [b"last", b"", b"", b""]
+    assert [pipe.take() for _ in range(4)] == [[b"last"], [], [], []]
+
+
+@given(pieces=st.lists(st.integers(1, 200), min_size=1, max_size=20))
+def test_the_window_is_opened_again_by_what_was_taken(pieces: list[int]) -> None:
+    channel: Any = Channel(1)
+    channel.transport, channel.remote_chanid, channel.active = _Transport(), 5, True
+    channel.in_window_threshold = 100
+    pipe = ssh_wire.ChunkPipe(ssh_wire.LiveSocket(_Bytes()))
+    for length in pieces:
+        pipe.feed(bytes(length))
+        pipe._pass_on()
+    while pipe.has_some():
+        ssh_wire.receive_some(channel, pipe)
+    opened = 0
+    for message in channel.transport.sent:
+        message.rewind()
+        assert (message.get_byte(), message.get_int()) == (b"\x5d", 5)
+        opened += message.get_int()
+    assert sum(pieces) - 100 <= opened <= sum(pieces)
+    assert opened + channel.in_window_sofar == sum(pieces)
