@@ -129,7 +129,7 @@ MEDIUM_LANES = 3, 32
 """The same for many objects of up to one part, either way."""
 
 SMALL_BYTES = 256 * KIB
-SMALL_SENDS, SMALL_FETCHES = (16, 32), (64, 64)
+SMALL_SENDS, SMALL_FETCHES = (24, 32), (64, 64)
 """The same for objects up to this size, which a thread asks for ahead, over a connection each.
 
 It sends half of the requests in one go, then reads half of the answers: they have come meanwhile.
