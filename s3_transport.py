@@ -133,8 +133,8 @@ SMALL_SENDS, SMALL_FETCHES = (24, 32), (64, 64)
 """The same for objects up to this size, which a thread asks for ahead, over a connection each.
 
 It sends half of the requests in one go, then reads half of the answers: they have come meanwhile.
-To wait for each, and to wake up the server for each, would take both a third more. A server takes
-longer over what it has to store, and no less where it gets more of it at once.
+To wait for each, and to wake up the server for each, would take both a third more. Over what it
+has to store, a server takes the longer the more of it comes at once: fewer are sent.
 """
 
 SMALL_LANES = 1, 8
