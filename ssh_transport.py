@@ -856,7 +856,7 @@ class SFTPStore(SSHStore):
 
     def __init__(self, connection: SSHConnection, purpose: Purpose = "look") -> None:
         near = connection.round_trip < NEAR_SECONDS
-        if near:  # little memory stays in the processor's cache
+        if near and purpose == "send":  # little memory stays in the processor's cache
             connection.most_waiting = 2 * SEGMENT_BYTES
         # Going there, sshd's window of 2 MiB a channel is the limit; coming back, ours is larger.
         super().__init__(connection, *((3, 1) if near else (9, 4)))
