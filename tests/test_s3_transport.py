@@ -1705,7 +1705,7 @@ def test_a_full_disk_is_told_and_the_download_can_go_on(
     def full(*_arguments: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(DiskFullError, match="disk is full") as caught:
         bucket.get_file(bucket.key("a"), tmp_path / "b")
     assert isinstance(caught.value.__cause__, OSError)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from paramiko.channel import Channel
 from paramiko.message import Message
 from paramiko.packet import NeedRekeyException, Packetizer
 
+import cloud_services
 import ssh_wire
-from cloud_services import KIB, PaperspaceDownloader, PaperspaceUploader
+from cloud_services import KIB, PaperspaceDownloader, PaperspaceUploader, write_at
 from ssh_wire import CHANNEL_DATA, BulkPacketizer, ReceivedData, SentData, send_some
 from tests.servers import SSHServer
 from tests.support import MIB, cli, document, flags, random_file, sha256
@@ -285,6 +288,26 @@ def test_what_came_before_the_end_of_a_channel_is_read_before_it() -> None:
     pipe.feed(b"last")
     pipe.close()
     assert [pipe.take() for _ in range(4)] == [[b"last"], [], [], []]
+
+
+@pytest.mark.parametrize("way", ["all", "short", "many", "no pwritev"])
+@given(pieces=st.lists(st.binary(max_size=40), max_size=20), start=st.integers(0, 9))
+def test_pieces_end_up_one_after_the_other_however_they_are_written(
+    way: str, pieces: list[bytes], start: int
+) -> None:
+    write = os.pwritev
+    with tempfile.TemporaryFile(buffering=0) as file, pytest.MonkeyPatch.context() as patch:
+        if way == "short":
+            patch.setattr(os, "pwritev", lambda fd, some, at: write(fd, [b"".join(some)[:7]], at))
+        elif way == "many":
+            patch.setattr(cloud_services, "MOST_PIECES", 3)
+        elif way == "no pwritev":
+            patch.delattr(os, "pwritev")
+        file.write(b"-" * 9)
+        write_at(file, threading.Lock(), start, *pieces)
+        whole = os.pread(file.fileno(), 2000, 0)
+    content = b"".join(pieces)
+    assert whole == (b"-" * start + content).ljust(9, b"-")
 
 
 @given(pieces=st.lists(st.integers(1, 200), min_size=1, max_size=20))
