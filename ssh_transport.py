@@ -202,6 +202,7 @@ class SSHConnection:
             if not transport.is_active():
                 raise self.lost() from error
             raise NoMoreSessionsError(f"{self.name} refuses a further session") from error
+        self.live_socket.hurries = False
         channel.settimeout(timeout)
         return channel
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import queue
+import socket
 import struct
 import threading
 import time
@@ -29,6 +30,12 @@ MOST_AT_ONCE = 256 * KIB
 """Content that leaves in one piece: what sshd reads at once, and still in the processor's cache."""
 
 
+def acknowledges(sock: Any) -> bool:
+    """Whether a socket can be told to acknowledge at once (tcp(7), TCP_QUICKACK)."""
+    internet = getattr(sock, "family", None) in (socket.AF_INET, socket.AF_INET6)
+    return internet and hasattr(socket, "TCP_QUICKACK")
+
+
 class LiveSocket:
     """A socket that reads ahead, to halve the system calls, and knows when it last heard."""
 
@@ -36,6 +43,9 @@ class LiveSocket:
         self._sock = sock
         self._ahead = memoryview(b"")
         self._takes_views = hasattr(sock, "sendmsg")
+        self.hurries = acknowledges(sock)
+        """Whether what comes is acknowledged at once; until its first session is open, sshd keeps
+        small packets back for that (Nagle's algorithm), and Linux would let it wait for 40 ms."""
         self.last_heard = time.monotonic()
         self.before_waiting: list[Callable[[], None]] = []
         """To be called, once, before it waits for more to come."""
@@ -45,6 +55,8 @@ class LiveSocket:
         if not self._ahead:
             while self.before_waiting:
                 self.before_waiting.pop()()
+            if self.hurries:  # Linux forgets it with the next packet that we send
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             self._ahead = memoryview(self._sock.recv(256 * KIB))
             self.last_heard = time.monotonic()
         data, self._ahead = self._ahead[:count], self._ahead[count:]

@@ -24,6 +24,8 @@ from benchmarks.harness import (
 from cloud_jobs.sample_workspace import make_workspace
 
 FEATURES = "workspace/prepared/features"
+MEMORY = 1 << 30
+"""What a run may need: for itself, and for what it writes."""
 PEERS = (
     ("tar czf", "tar czf {out} {what}", Target(at_least=25), 3),
     ("tar | pigz", "tar cf - {what} | pigz > {out}", Target(at_least=10), 3),
@@ -59,14 +61,14 @@ def _pack(base: Path, packed: Path) -> Run:
     packed.unlink(missing_ok=True)
     warm(base / FEATURES)
     words = ("create-training-archive", "--workspace", "workspace", "-o", str(packed))
-    return run(ours(*words), cwd=base)
+    return run(ours(*words), cwd=base, memory=MEMORY)
 
 
 def _peer(command: list[str], base: Path, output: Path) -> Run:
     """The peer's archive of the same files, from nothing."""
     output.unlink(missing_ok=True)
     warm(base / FEATURES)
-    return run(command, cwd=base)
+    return run(command, cwd=base, memory=MEMORY)
 
 
 def _check(packed: Path, folder: Path) -> None:

@@ -418,7 +418,9 @@ def test_a_server_that_offers_nothing_usable_says_so(tmp_path: Path) -> None:
         assert "neither SFTP nor" in done.stderr
 
 
-def test_aes_gcm_is_negotiated(server: SSHServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aes_gcm_is_negotiated_and_nothing_is_put_off_until_a_session_is_open(
+    server: SSHServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     settings = SSHSettings(
@@ -426,5 +428,7 @@ def test_aes_gcm_is_negotiated(server: SSHServer, monkeypatch: pytest.MonkeyPatc
     )
     connection = ssh_transport.SSHConnection(settings)
     assert "gcm" in str(vars(connection.transport)["remote_cipher"])
+    assert connection.live_socket.hurries == hasattr(socket, "TCP_QUICKACK")
     assert connection.run("echo $((40 + 2)); echo no >&2; exit 3") == (3, b"42\n", "no")
+    assert not connection.live_socket.hurries
     connection.close()

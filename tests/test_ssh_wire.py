@@ -290,6 +290,40 @@ def test_what_came_before_the_end_of_a_channel_is_read_before_it() -> None:
     assert [pipe.take() for _ in range(4)] == [[b"last"], [], [], []]
 
 
+class _Noting(socket.socket):
+    """A socket that notes the options which are set on it."""
+
+    def __init__(self, family: socket.AddressFamily) -> None:
+        super().__init__(family)
+        self.noted: list[tuple[int, int]] = []
+
+    def setsockopt(self, level: int, option: int, *value: Any) -> None:
+        self.noted.append((level, option))
+        super().setsockopt(level, option, *value)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="Linux only")
+def test_what_comes_is_acknowledged_at_once_until_it_is_told_that_this_helps_no_more() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, _Noting(socket.AF_INET) as ours:
+        ours.connect(server.getsockname())
+        with server.accept()[0] as theirs:
+            live = ssh_wire.LiveSocket(ours)
+            theirs.sendall(b"ab")
+            assert live.recv(1) + live.recv(1) == b"ab"
+            assert ours.noted == [(socket.IPPROTO_TCP, socket.TCP_QUICKACK)]
+            live.hurries = False
+            theirs.sendall(b"c")
+            assert live.recv(1) == b"c"
+    assert len(ours.noted) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no Unix sockets")
+def test_a_socket_that_acknowledges_nothing_is_left_alone() -> None:
+    with _Noting(socket.AF_UNIX) as ours:
+        assert not ssh_wire.LiveSocket(ours).hurries
+    assert not ssh_wire.LiveSocket(_Bytes()).hurries
+
+
 @pytest.mark.parametrize("way", ["all", "short", "many", "no pwritev"])
 @given(pieces=st.lists(st.binary(max_size=40), max_size=20), start=st.integers(0, 9))
 def test_pieces_end_up_one_after_the_other_however_they_are_written(
