@@ -732,7 +732,8 @@ class _Tree:
             )
         if reason := self._reason_against(name, path):
             raise UsageError(f"{printable(path)} is mandatory, but left out: {reason}")
-        self._add_file(name, str(path))
+        with local_errors(path):
+            self._add_file(name, path.stat())
 
     def add_folder(self, folder: str) -> bool:
         """Add every file below `folder`; say whether there was any."""
@@ -752,19 +753,20 @@ class _Tree:
         return Plan(tuple(files), tuple(sorted(self.left_out)), manifest, self.root)
 
     def _walk(self, folder: str, path: str, above: tuple[str, ...]) -> None:
+        prefix = f"{folder}/" if folder else ""
         with local_errors(path), os.scandir(path) as entries:
             for entry in entries:
                 if entry.name == ".gitkeep":
                     continue
-                name = f"{folder}/{entry.name}" if folder else entry.name
+                name = prefix + entry.name
                 if self._left_out(name, Path(entry.path) if entry.is_symlink() else None):
                     continue
                 status = _status(entry)
                 kind = stat.S_IFMT(status.st_mode) if status else 0
                 if kind == stat.S_IFDIR:
                     self._walk_into(name, entry.path, above)
-                elif kind == stat.S_IFREG:
-                    self._add_file(name, entry.path, status)
+                elif status and kind == stat.S_IFREG:
+                    self._add_file(name, status)
                 else:
                     odd = "neither a file nor a folder" if kind else "a link to nothing"
                     self.left_out.append(LeftOut(f"workspace/{name}", odd))
@@ -776,23 +778,12 @@ class _Tree:
         else:
             self._walk(name, path, (*above, real))
 
-    def _add_file(self, name: str, path: str, status: os.stat_result | None = None) -> None:
-        if status is None:
-            with local_errors(path):
-                status = os.stat(path)
-        self.files.append(
-            PlannedFile(
-                self._workspace,
-                f"workspace/{name}",
-                status.st_size,
-                status.st_mtime_ns,
-                status.st_ino,
-            )
-        )
+    def _add_file(self, name: str, status: os.stat_result) -> None:
+        state = status.st_size, status.st_mtime_ns, status.st_ino
+        self.files.append(PlannedFile(self._workspace, f"workspace/{name}", *state))
 
     def _left_out(self, name: str, link: Path | None) -> bool:
-        reason = self._reason_against(name, link)
-        if reason:
+        if reason := self._reason_against(name, link):
             self.left_out.append(LeftOut(f"workspace/{name}", reason))
         return bool(reason)
 
@@ -818,12 +809,16 @@ class _Tree:
 def secret_part(name: str) -> str:
     """The pattern of SECRET_NAMES that some component of `name` matches, or an empty string."""
     for component in name.casefold().split("/"):
-        if match := _SECRETS.match(component):
+        near = component[:1] in _SECRET_STARTS or component.endswith(_SECRET_ENDS)
+        if near and (match := _SECRETS.match(component)):
             return SECRET_NAMES[(match.lastindex or 1) - 1]
     return ""
 
 
 _SECRETS = re.compile("|".join(f"({fnmatch.translate(name)})" for name in SECRET_NAMES))
+# Of a hundred thousand names hardly one is near: they need not be compared with every pattern.
+_SECRET_STARTS = {name[0] for name in SECRET_NAMES} - {"*"}
+_SECRET_ENDS = tuple(name[1:] for name in SECRET_NAMES if name.startswith("*"))
 
 
 def excluded_by(name: str, pattern: str) -> bool:
@@ -2655,7 +2650,9 @@ def _terminal_columns() -> int:
 
 def _common_options() -> argparse.ArgumentParser:
     """The options every command has. SUPPRESS: a subparser must not reset what came before it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        add_help=False, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
     for flags, text in (
         (("--json",), "print one JSON document on stdout"),
         (("-q", "--quiet"), "no progress, no summary; errors only"),

@@ -86,8 +86,8 @@ class HashCache:
         with self._lock, contextlib.suppress(self._sqlite.Error):
             values = (len(start) + 1, start, start[:-1] + b"0")  # 0 follows /
             self._known.update(
-                (self._folder + os.fsdecode(name), _Hashed(*state))
-                for name, *state in self._database.execute(below, values)
+                (self._folder + os.fsdecode(row[0]), _Hashed._make(row[1:]))
+                for row in self._database.execute(below, values)
             )
 
     def remembered(self, path: str | Path, kind: str, size: int, mtime_ns: int, inode: int) -> str:

@@ -493,7 +493,7 @@ def _open_connection(scheme: str, netloc: str, timeout: float) -> http.client.HT
 
 
 def _proxy(scheme: str, netloc: str) -> urllib.parse.SplitResult | None:
-    if not any(name.lower().endswith("_proxy") for name in os.environ):
+    if not {f"{scheme}_proxy", "all_proxy"} & {name.lower() for name in os.environ}:
         return None
     request = importlib.import_module("urllib.request")
     host = urllib.parse.urlsplit(f"//{netloc}").hostname

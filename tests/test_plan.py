@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloud_services import (
+    SECRET_NAMES,
     AccessError,
     CloudError,
     ExitCode,
@@ -236,6 +238,22 @@ def test_no_surroundings_hide_a_secret(
 ) -> None:
     spelled = "".join(chance.choice((c.lower(), c.upper())) for c in secret)
     assert secret_part("/".join([*above, spelled, *below]))
+
+
+@given(
+    st.sampled_from(SECRET_NAMES),
+    st.text(max_size=3),
+    st.sampled_from(["", "x", "."]),
+    st.booleans(),
+)
+def test_a_name_is_a_secret_when_one_of_the_patterns_matches_it(
+    pattern: str, between: str, more: str, before: bool
+) -> None:
+    name = pattern.replace("*", between.replace("/", ""))
+    name = more + name if before else name + more
+    folded = name.casefold()
+    matching = [known for known in SECRET_NAMES if fnmatch.fnmatchcase(folded, known)]
+    assert secret_part(name) == (matching[0] if matching else "")
 
 
 # ── links and odd files ──────────────────────────────────────────────────────────────────────────
