@@ -31,6 +31,7 @@ def loopback(bench: Bench) -> None:
         what = f"{payload.stat().st_size / 2**30:.4g} GiB over loopback"
         _both_ways(bench, route, payload, what, Target(at_most=1.0), LOOPBACK_RUNS)
         _for_information(bench, route, payload, what)
+        _as_well_checked(bench, route, payload, what)
         empty(server.storage)
     payload.unlink()
 
@@ -88,3 +89,14 @@ def _for_information(bench: Bench, route: Route, payload: Path, what: str) -> No
             partial(route.upload_with, start, payload),
         )
         bench.compare(f"{what}, up against {name}", sides, Target(), 1)
+
+
+def _as_well_checked(bench: Bench, route: Route, payload: Path, what: str) -> None:
+    """The download against scp and what it leaves to do: the SHA-256 of both files, compared."""
+    into = bench.fresh("downloads")
+    sides = (
+        partial(route.download, payload, into),
+        partial(route.download_checked, payload, into),
+    )
+    bench.compare(f"{what}, down against scp and both SHA-256", sides, Target(), LOOPBACK_RUNS)
+    empty(into)

@@ -34,6 +34,16 @@ class Route:
         """The start of an scp command line."""
         return ["scp", *self.options(), "-P", str(self.port), *more]
 
+    def ssh(self) -> list[str]:
+        """The start of an ssh command line, up to the host."""
+        return [
+            "ssh",
+            *self.options(),
+            "-p",
+            str(self.port),
+            f"{self.server.user}@{self.server.host}",
+        ]
+
     def rsync(self) -> list[str]:
         """The start of an rsync command line."""
         return ["rsync", "-e", shlex.join(["ssh", *self.options(), "-p", str(self.port)])]
@@ -76,6 +86,23 @@ class Route:
         warm(self.server.storage)
         line = [*start, self.remote(payload.name), str(into)]
         done = run(line, cwd=self.work, memory=self.memory)
+        return self.same(payload, into, done)
+
+    def download_checked(self, payload: Path, into: Path) -> Run:
+        """Fetch it with scp; meanwhile the server hashes its file, and then we ours."""
+        empty(into)
+        warm(self.server.storage)
+        there, here = self.server.storage / payload.name, into / payload.name
+        hash_there = shlex.join(
+            [*self.ssh(), f"openssl dgst -sha256 -r < {shlex.quote(str(there))}"]
+        )
+        fetch = shlex.join([*self.scp(), self.remote(payload.name), str(into)])
+        hash_here = shlex.join(["openssl", "dgst", "-sha256", "-r", str(here)])
+        line = (
+            f"{hash_there} > theirs & {fetch} && ours=$({hash_here}) && wait $! &&"
+            ' read -r theirs _ < theirs && [ "$theirs" = "${ours%% *}" ]'
+        )
+        done = run(["bash", "-c", line], cwd=self.work, memory=self.memory)
         return self.same(payload, into, done)
 
     @staticmethod
