@@ -1505,7 +1505,7 @@ SATELLITES = (
     "cloud_settings", "transfers", "ssh_transport", "hash_cache", "hf_transport", "hub_sync",
     "hub_cards", "s3_wire", "s3_transport", "s3_mirror", "s3_checkpoints", "s3_results",
     "docker_images", "hub_commands", "s3_commands", "metrics_commands", "metrics_runs",
-    "ssh_tunnel", "ssh_wire", "tensorboard_views", "wandb_runs", "cloud_jobs",
+    "ssh_streams", "ssh_tunnel", "ssh_wire", "tensorboard_views", "wandb_runs", "cloud_jobs",
 )  # fmt: skip
 """Modules beside this one, imported by the methods that need them."""
 

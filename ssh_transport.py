@@ -231,13 +231,30 @@ class SSHConnection:
                 self._found_tools = self._find_tools()
             return self._found_tools
 
+    @property
+    def has_python(self) -> bool:
+        """Whether the server runs Python programs."""
+        return "python3 works" in self._tools
+
+    def by_python(self, program: str, path: str, otherwise: str) -> str:
+        """A script that runs a Python program about `path`, or other commands without a Python.
+
+        One process that reads the file itself takes half the processor time of dd, a pipe and a
+        hash, and does not start two of them a segment.
+        """
+        run = f"python3 -c {shlex.quote(program)} {quoted(path)}"
+        return run if self.has_python else otherwise
+
     def _find_tools(self) -> str:
         words = " ".join(SHA256_COMMANDS)
+        python = "python3 -c 'import hashlib, os; os.sendfile' 2>/dev/null && echo python3 works"
         try:
             with ssh_errors(self), contextlib.closing(self.open_command_session()) as channel:
                 channel.settimeout(self.settings.timeout)
                 channel.exec_command(
-                    shell_command(f"for tool in {words}; do command -v $tool; done; cat >/dev/null")
+                    shell_command(
+                        f"for tool in {words}; do command -v $tool; done; {python}; cat >/dev/null"
+                    )
                 )
                 end_input(channel)
                 return b"".join(iter(lambda: channel.recv(MIB), b"")).decode("utf-8", "replace")
@@ -648,7 +665,7 @@ class SSHStore(Store):
         if not self.connection.sha256_command:
             return ReadBack(self, path).digests(size)
         done = self.connection.run(
-            by_python(
+            self.connection.by_python(
                 HASH_SEGMENTS,
                 path,
                 f"i=0; while [ $i -lt {len(spans(size))} ]; do"
@@ -700,12 +717,7 @@ class SSHStore(Store):
         done = self.connection.run(script)
         if done.status == 0:
             return done.output
-        for text, kind in SHELL_ERRORS.items():
-            if text in done.errors:
-                raise kind(f"{self.name} cannot {purpose}: {done.errors}")
-        raise TransferError(
-            f"{self.name} cannot {purpose}: {done.errors or f'status {done.status}'}", SAME_COMMAND
-        )
+        raise command_error(self.name, purpose, done)
 
     def close(self) -> None:
         self.connection.close()
@@ -719,10 +731,25 @@ SHELL_ERRORS: dict[str, type[CloudError]] = {
     "WARNING: ": IntegrityError,  # sha256sum -c: computed checksums did NOT match
     "FAILED": IntegrityError,
     "No such file": NotFoundError,
+    "became shorter": IntegrityError,
     "no manifest in it": IntegrityError,
     "gzip: ": IntegrityError,
     "tar: ": IntegrityError,
 }
+
+
+SHELL_HINTS: dict[type[CloudError], str] = {
+    DiskFullError: "free some space there, then " + SAME_COMMAND,
+    AccessError: "choose another --path, or check the rights there",
+}
+
+
+def command_error(name: str, purpose: str, done: Completed) -> CloudError:
+    """The error for a command that failed on the server `name`."""
+    kinds = (kind for text, kind in SHELL_ERRORS.items() if text in done.errors)
+    kind = next(kinds, TransferError)
+    why = done.errors or f"status {done.status}"
+    return kind(f"{name} cannot {purpose}: {why}", SHELL_HINTS.get(kind, SAME_COMMAND))
 
 
 def quoted(path: str) -> str:
@@ -753,16 +780,6 @@ with open(sys.argv[1], "rb") as file:
 """Hashes each segment of a file."""
 
 
-def by_python(program: str, path: str, otherwise: str) -> str:
-    """A script that runs a Python program about `path`, or other commands where there is no Python.
-
-    One process that reads the file itself takes half the processor time of dd, a pipe and a hash,
-    and does not start two of them a segment.
-    """
-    run = f"python3 -c {shlex.quote(program)} {quoted(path)}"
-    return f"if python3 -c 'import hashlib' 2>/dev/null; then {run}; else {otherwise}; fi"
-
-
 class _CommandCheck:
     """Hashes a file on the server, by one command that runs while the transfer does."""
 
@@ -770,6 +787,8 @@ class _CommandCheck:
 
     def __init__(self, connection: SSHConnection, path: str) -> None:
         self._connection, self._path = connection, path
+        self.has_session = threading.Event()
+        """Set once it has opened its session, or failed to."""
         self._answer = in_background(self._hash)
 
     def ready(self, segments: int) -> None:
@@ -782,10 +801,7 @@ class _CommandCheck:
         return f"{self._connection.sha256_command} < {quoted(self._path)}"
 
     def _hash(self) -> str:
-        with (
-            ssh_errors(self._connection),
-            contextlib.closing(self._connection.open_command_session()) as channel,
-        ):
+        with ssh_errors(self._connection), contextlib.closing(self._open()) as channel:
             channel.exec_command(shell_command(self._script()))
             self._feed(channel)
             answer = b"".join(iter(lambda: channel.recv(MIB), b"")).decode("ascii", "replace")
@@ -793,6 +809,12 @@ class _CommandCheck:
         if not found:
             raise TransferError("the server did not answer with a SHA-256", SAME_COMMAND)
         return str(found[-1])
+
+    def _open(self) -> paramiko.Channel:
+        try:
+            return self._connection.open_command_session()
+        finally:
+            self.has_session.set()
 
     def abandon(self) -> None:
         """Nothing waits for more."""
@@ -825,7 +847,7 @@ class _GrowingCheck(_CommandCheck):
             f"while read -r skip count; do dd if={quoted(self._path)} bs={SEGMENT_BYTES} skip=$skip"
             f" count=$count 2>/dev/null; done | {self._connection.sha256_command}"
         )
-        return by_python(HASH_LINES, self._path, loop)
+        return self._connection.by_python(HASH_LINES, self._path, loop)
 
     def ready(self, segments: int) -> None:
         if segments - 1 >= self._asked + self.BATCH:
@@ -850,6 +872,8 @@ class NoSFTPError(AccessError):
 
 NEAR_SECONDS = 0.005
 """A server that answers within this is in the same house: processors are the limit there."""
+STREAMED_BYTES = 16 * MIB
+"""Content that is worth a program of its own on such a server."""
 
 
 class SFTPStore(SSHStore):
@@ -861,6 +885,8 @@ class SFTPStore(SSHStore):
             connection.most_waiting = 2 * SEGMENT_BYTES
         # Going there, sshd's window of 2 MiB a channel is the limit; coming back, ours is larger.
         super().__init__(connection, *((3, 1) if near else (9, 4)))
+        self._may_stream = near and not connection.settings.streams
+        self._check: ContentCheck | None = None
         self._control_is_free = True
         self._standby: list[Future[_SFTPChannel]] = []
         self._lock = threading.Lock()
@@ -887,7 +913,7 @@ class SFTPStore(SSHStore):
 
     def get_ready(self, lanes: int) -> None:
         super().get_ready(lanes)
-        while len(self._standby) < lanes - 1:
+        while len(self._standby) < lanes - 1 and not self._may_stream:
             self._standby.append(in_background(lambda: _SFTPChannel(self.connection)))
 
     def _give_up_a_lane(self) -> None:
@@ -896,8 +922,18 @@ class SFTPStore(SSHStore):
                 self._standby.pop().result().close()
                 break
 
-    def lane(self, path: str, writing: bool) -> Lane:
-        """The last lane shares the control channel: a server grants ten sessions (MaxSessions)."""
+    def check(self, path: str, growing: bool = False) -> ContentCheck:
+        self._check = super().check(path, growing)
+        return self._check
+
+    def lane(self, path: str, writing: bool, expected: int) -> Lane:
+        """Past SFTP, or on a channel of it.
+
+        The last lane shares the control channel: a server grants ten sessions (MaxSessions).
+        """
+        if self._may_stream and expected >= STREAMED_BYTES and self.connection.has_python:
+            with contextlib.suppress(NoMoreSessionsError):
+                return self._stream(path, writing)
         while True:
             with self._lock:
                 standby = self._standby.pop() if self._standby else None
@@ -909,6 +945,13 @@ class SFTPStore(SSHStore):
             return _SFTPLane(self.control, path, writing, self._control_came_back)
         channel = standby.result() if standby else _SFTPChannel(self.connection)
         return _SFTPLane(channel, path, writing)
+
+    def _stream(self, path: str, writing: bool) -> Lane:
+        from ssh_streams import StreamLane
+
+        if isinstance(self._check, _CommandCheck):
+            self._check.has_session.wait()  # it comes first where sessions are scarce
+        return StreamLane(self.connection, path, writing)
 
     def _control_came_back(self) -> None:
         self._control_is_free = True
@@ -1072,6 +1115,72 @@ class _Answer:
         return FileInfo(path, size, mtime, stat.S_ISDIR(mode))
 
 
+class ChannelReader:
+    """What comes on a channel, without copies; the end of it is a lost link."""
+
+    def __init__(self, connection: SSHConnection, channel: paramiko.Channel) -> None:
+        import ssh_wire
+
+        self._connection, self._channel = connection, channel
+        self._wire = ssh_wire
+        self._pipe = ssh_wire.open_pipe(channel, connection.live_socket)
+        self._received: collections.deque[bytes | memoryview] = collections.deque()
+
+    def has_some(self) -> bool:
+        """Whether reading would not wait."""
+        return bool(self._received) or self._pipe.has_some()
+
+    def read(self, count: int) -> bytes:
+        """Exactly `count` bytes."""
+        return b"".join(self.pieces(count))
+
+    def read_some(self, most: int) -> bytes:
+        """At least one byte, and at most `most`."""
+        return b"".join(self.some(most))
+
+    def pieces(self, count: int) -> list[bytes | memoryview]:
+        """Exactly `count` bytes, in pieces as they came."""
+        found: list[bytes | memoryview] = []
+        while count:
+            some = self.some(count)
+            found += some
+            count -= sum(map(len, some))
+        return found
+
+    def some(self, most: int) -> list[bytes | memoryview]:
+        """At least one byte and at most `most`, in pieces as they came."""
+        if not self._received:
+            with ssh_errors(self._connection):
+                self._received.extend(self._wire.receive_some(self._channel, self._pipe))
+            if not self._received:
+                raise self._connection.lost()
+        found: list[bytes | memoryview] = []
+        while most and self._received:
+            piece = self._received.popleft()
+            if len(piece) > most:
+                self._received.appendleft(memoryview(piece)[most:])
+                piece = memoryview(piece)[:most]
+            found.append(piece)
+            most -= len(piece)
+        return found
+
+    def skip_past(self, mark: bytes) -> None:
+        """Read up to the end of `mark`."""
+        seen = b""
+        while not seen.endswith(mark):
+            seen = (seen + self.read(1))[-len(mark) :]
+
+    def close(self) -> None:
+        """Close the channel, in the thread that used it.
+
+        A channel that the garbage collector closes inside paramiko's own thread during a key
+        exchange blocks the connection for 30 seconds.
+        """
+        with contextlib.suppress(Exception):
+            self._wire.close_pipe(self._channel)
+            self._channel.close()
+
+
 class _SFTPChannel:
     """One channel that speaks SFTP version 3, with as many requests under way as one likes.
 
@@ -1085,13 +1194,14 @@ class _SFTPChannel:
         import ssh_wire
 
         self.connection = connection
-        self._wire = ssh_wire
+        self._send_some = ssh_wire.send_some
         self._unwanted: set[int] = set()  # requests whose answers nobody waits for
         self._channel = channel or connection.open_session(
             connection.settings.timeout, self.WINDOW_BYTES
         )
-        self._pipe = ssh_wire.open_pipe(self._channel, connection.live_socket)
-        self._received: collections.deque[bytes | memoryview] = collections.deque()
+        self._reader = ChannelReader(connection, self._channel)
+        self.read, self.pieces = self._reader.read, self._reader.pieces
+        self.has_answers = self._reader.has_some
         self._last_id = 0
         self.closed = False
         with ssh_errors(connection):
@@ -1193,50 +1303,16 @@ class _SFTPChannel:
         """A 32-bit number of the packet that is being read."""
         return int(struct.unpack(">I", self.read(4))[0])
 
-    def has_answers(self) -> bool:
-        """Whether reading would not wait."""
-        return bool(self._received) or self._pipe.has_some()
-
     def close(self) -> None:
-        """Close it in the thread that used it.
-
-        A channel that the garbage collector closes inside paramiko's own thread during a key
-        exchange blocks the connection for 30 seconds.
-        """
+        """Close it in the thread that used it."""
         self.closed = True
-        with contextlib.suppress(Exception):
-            self._wire.close_pipe(self._channel)
-            self._channel.close()
+        self._reader.close()
 
     def _send(self, *packet: bytes | memoryview) -> None:
         rest = memoryview(b"".join(packet))
         with ssh_errors(self.connection):
             while rest:
-                rest = rest[self._wire.send_some(self._channel, rest) :]
-
-    def read(self, count: int) -> bytes:
-        """Exactly `count` bytes of the packet that is being read."""
-        return b"".join(self.pieces(count))
-
-    def pieces(self, count: int) -> list[bytes | memoryview]:
-        """The same in pieces, as they came: nothing is copied."""
-        found: list[bytes | memoryview] = []
-        while count:
-            piece = self._next_piece()
-            if len(piece) > count:
-                self._received.appendleft(memoryview(piece)[count:])
-                piece = memoryview(piece)[:count]
-            found.append(piece)
-            count -= len(piece)
-        return found
-
-    def _next_piece(self) -> bytes | memoryview:
-        if not self._received:
-            with ssh_errors(self.connection):
-                self._received.extend(self._wire.receive_some(self._channel, self._pipe))
-            if not self._received:
-                raise self.connection.lost()
-        return self._received.popleft()
+                rest = rest[self._send_some(self._channel, rest) :]
 
 
 class _SFTPLane:
@@ -1393,7 +1469,7 @@ class ShellStore(SSHStore):
         match = re.search(rb"(\d+)\s+\d+%", done.output)
         return int(match[1]) * KIB if match else None
 
-    def lane(self, path: str, writing: bool) -> Lane:
+    def lane(self, path: str, writing: bool, expected: int) -> Lane:
         return _ShellLane(self, path)
 
     def truncate(self, path: str, size: int) -> None:

@@ -170,8 +170,11 @@ class Store(ABC):
         """Free bytes in a folder; None: it cannot be known."""
 
     @abstractmethod
-    def lane(self, path: str, writing: bool) -> Lane:
-        """Open a lane into `path`, which is created for writing but never shortened."""
+    def lane(self, path: str, writing: bool, expected: int) -> Lane:
+        """Open a lane into `path`, which is created for writing but never shortened.
+
+        About `expected` bytes are to be moved.
+        """
 
     @abstractmethod
     def digests(self, path: str, size: int) -> list[str]:
@@ -255,7 +258,7 @@ class LocalStore(Store):
     def free_bytes(self, folder: str) -> int | None:
         return free_space(Path(folder))
 
-    def lane(self, path: str, writing: bool) -> Lane:
+    def lane(self, path: str, writing: bool, expected: int) -> Lane:
         return _LocalLane(path, writing)
 
     def digests(self, path: str, size: int) -> list[str]:
@@ -632,7 +635,8 @@ def send_segments(
     outgoing = _Outgoing(blocks, source.hashed(), held, check, advance)
     try:
         run_lanes(
-            lambda: store.lane(part, writing=True), min(store.send_lanes, enough), outgoing,
+            lambda: store.lane(part, writing=True, expected=source.total),
+            min(store.send_lanes, enough), outgoing,
             lambda lane, jobs: lane.send(jobs, outgoing.arrived, advance),
         )  # fmt: skip
         if held_bytes > outgoing.size:
@@ -684,7 +688,7 @@ class ReadBack:
 
     def digests(self, size: int) -> list[str]:
         """The SHA-256 of each segment."""
-        with contextlib.closing(self._store.lane(self._path, writing=False)) as lane:
+        with contextlib.closing(self._store.lane(self._path, writing=False, expected=size)) as lane:
             lane.receive(iter(spans(size)), self, lambda count: None)
         return [self._segments[index] for index in sorted(self._segments)]
 
@@ -830,7 +834,7 @@ def fetch_segments(store: Store, remote: FileInfo, part: Path, progress: Progres
     try:
         incoming.count_held()
         run_lanes(
-            lambda: store.lane(remote.path, writing=False),
+            lambda: store.lane(remote.path, writing=False, expected=moved),
             min(store.receive_lanes, len(wanted)), wanted,
             lambda lane, jobs: lane.receive(jobs, incoming, progress.advance),
         )  # fmt: skip
