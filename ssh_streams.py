@@ -1,8 +1,9 @@
 """Content of a file through a small program on the server, past the server's SFTP.
 
 A satellite of ssh_transport, for a server next door, where processors are the limit: OpenSSH's SFTP
-server takes nearly half of all the processor time there (measured with OpenSSH 9.2: 2.8 core-seconds
-a GiB through it, 1.8 past it). The program is given to the server's Python when a lane opens, and nothing of it stays there.
+server takes nearly half of all the processor time there. Measured with OpenSSH 9.2, AES-GCM and
+both ends on one machine: 2.8 core-seconds a GiB through it, 1.8 past it. The program is given to
+the server's Python when a lane opens, and nothing of it stays there.
 """
 
 from __future__ import annotations
