@@ -133,7 +133,9 @@ class StreamLane:
         self._answers = ChannelReader(connection, self._channel)
         program = shlex.quote(STORE if writing else SERVE)
         with self._failures():
-            self._channel.exec_command(shell_command(f"exec python3 -c {program} {quoted(path)}"))
+            self._channel.exec_command(
+                shell_command(f"exec python3 -IS -c {program} {quoted(path)}")
+            )
             self._answers.skip_past(START)
 
     def send(

@@ -242,12 +242,14 @@ class SSHConnection:
         One process that reads the file itself takes half the processor time of dd, a pipe and a
         hash, and does not start two of them a segment.
         """
-        run = f"python3 -c {shlex.quote(program)} {quoted(path)}"
+        run = f"python3 -IS -c {shlex.quote(program)} {quoted(path)}"
         return run if self.has_python else otherwise
 
     def _find_tools(self) -> str:
         words = " ".join(SHA256_COMMANDS)
-        python = "python3 -c 'import hashlib, os; os.sendfile' 2>/dev/null && echo python3 works"
+        python = (
+            "python3 -IS -c 'import hashlib, os; os.sendfile' 2>/dev/null && echo python3 works"
+        )
         try:
             with ssh_errors(self), contextlib.closing(self.open_command_session()) as channel:
                 channel.settimeout(self.settings.timeout)
