@@ -1,7 +1,7 @@
 """Content of a file through a small program on the server, past the server's SFTP.
 
 A satellite of ssh_transport, for a server next door, where processors are the limit: OpenSSH's SFTP
-server takes nearly half of all the processor time there. Measured with OpenSSH 9.2, AES-GCM and
+server takes more than a third of the processor time. Measured with OpenSSH 9.2, AES-GCM and
 both ends on one machine: 2.8 core-seconds a GiB through it, 1.8 past it. The program is given to
 the server's Python when a lane opens, and nothing of it stays there.
 """
@@ -132,10 +132,15 @@ class StreamLane:
         self._channel = connection.open_session(connection.settings.timeout, WINDOW_BYTES)
         self._answers = ChannelReader(connection, self._channel)
         program = shlex.quote(STORE if writing else SERVE)
+        try:
+            self._start(f"exec python3 -IS -c {program} {quoted(path)}")
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, script: str) -> None:
         with self._failures():
-            self._channel.exec_command(
-                shell_command(f"exec python3 -IS -c {program} {quoted(path)}")
-            )
+            self._channel.exec_command(shell_command(script))
             self._answers.skip_past(START)
 
     def send(
@@ -150,7 +155,7 @@ class StreamLane:
                 self._write(block)
                 advance(len(block))
             sent.append(number)
-            while self._answers.has_some():
+            while sent and self._answers.has_some():
                 self._confirm(sent, arrived)
         with self._failures():
             end_input(self._channel)

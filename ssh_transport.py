@@ -739,10 +739,11 @@ SHELL_ERRORS: dict[str, type[CloudError]] = {
     "tar: ": IntegrityError,
 }
 
-
 SHELL_HINTS: dict[type[CloudError], str] = {
     DiskFullError: "free some space there, then " + SAME_COMMAND,
     AccessError: "choose another --path, or check the rights there",
+    IntegrityError: SAME_COMMAND,
+    TransferError: SAME_COMMAND,
 }
 
 
@@ -751,7 +752,7 @@ def command_error(name: str, purpose: str, done: Completed) -> CloudError:
     kinds = (kind for text, kind in SHELL_ERRORS.items() if text in done.errors)
     kind = next(kinds, TransferError)
     why = done.errors or f"status {done.status}"
-    return kind(f"{name} cannot {purpose}: {why}", SHELL_HINTS.get(kind, SAME_COMMAND))
+    return kind(f"{name} cannot {purpose}: {why}", SHELL_HINTS.get(kind, ""))
 
 
 def quoted(path: str) -> str:

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,20 @@ def program(text: str, path: Path, given: bytes) -> subprocess.CompletedProcess[
     return subprocess.run([sys.executable, "-c", text, path], input=given, capture_output=True)
 
 
-def open_store(server: SSHServer, monkeypatch: pytest.MonkeyPatch) -> SFTPStore:
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[SSHServer]:
+    with SSHServer(tmp_path / "server") as running:
+        yield running
+
+
+@pytest.fixture
+def store(server: SSHServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[SFTPStore]:
     monkeypatch.setenv("HOME", str(server.home))
-    store = connect(SSHSettings(server.host, port=server.port, user=server.user,
-                                identity=str(server.identity)))  # fmt: skip
-    assert isinstance(store, SFTPStore)
-    return store
+    identity = str(server.identity)
+    settings = SSHSettings(server.host, port=server.port, user=server.user, identity=identity)
+    with contextlib.closing(connect(settings)) as opened:
+        assert isinstance(opened, SFTPStore)
+        yield opened
 
 
 class Received:
@@ -103,52 +112,41 @@ def test_the_storing_program_reports_every_span_and_shortens_nothing(tmp_path: P
 
 
 def test_large_content_goes_past_sftp_and_small_content_does_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: SSHServer, store: SFTPStore
 ) -> None:
-    with SSHServer(tmp_path / "s") as server, contextlib.closing(
-        open_store(server, monkeypatch)
-    ) as store:  # fmt: skip
-        path = str(server.storage / "f")
-        for expected, streams in ((STREAMED_BYTES, True), (STREAMED_BYTES - 1, False)):
-            with contextlib.closing(store.lane(path, True, expected)) as lane:
-                assert isinstance(lane, StreamLane) == streams
+    path = str(server.storage / "f")
+    for expected, streams in ((STREAMED_BYTES, True), (STREAMED_BYTES - 1, False)):
+        with contextlib.closing(store.lane(path, True, expected)) as lane:
+            assert isinstance(lane, StreamLane) == streams
 
 
-def test_segments_in_any_order_arrive_in_their_places(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with SSHServer(tmp_path / "s") as server, contextlib.closing(
-        open_store(server, monkeypatch)
-    ) as store:  # fmt: skip
-        path = server.storage / "f"
-        blocks = [os.urandom(SEGMENT_BYTES), os.urandom(SEGMENT_BYTES), os.urandom(77)]
-        there: list[int] = []
-        advanced: list[int] = []
-        with contextlib.closing(store.lane(str(path), True, LARGE)) as lane:
-            segments = [Segment(i, blocks[i]) for i in (2, 0, 1)]
-            lane.send(segments, there.append, advanced.append)
-        assert path.read_bytes() == b"".join(blocks)
-        assert there == [2, 0, 1]
-        assert sum(advanced) == path.stat().st_size
-        sink = Received()
-        with contextlib.closing(store.lane(str(path), False, LARGE)) as lane:
-            spans = [Span(i, len(block)) for i, block in enumerate(blocks)]
-            lane.receive(iter(spans), sink, advanced.append)
-        assert bytes(sink.content) == b"".join(blocks)
-        assert sink.segments == [0, 1, 2]
+def test_segments_in_any_order_arrive_in_their_places(server: SSHServer, store: SFTPStore) -> None:
+    path = server.storage / "f"
+    blocks = [os.urandom(SEGMENT_BYTES), os.urandom(SEGMENT_BYTES), os.urandom(77)]
+    there: list[int] = []
+    advanced: list[int] = []
+    with contextlib.closing(store.lane(str(path), True, LARGE)) as lane:
+        segments = [Segment(i, blocks[i]) for i in (2, 0, 1)]
+        lane.send(segments, there.append, advanced.append)
+    assert path.read_bytes() == b"".join(blocks)
+    assert there == [2, 0, 1]
+    assert sum(advanced) == path.stat().st_size
+    sink = Received()
+    with contextlib.closing(store.lane(str(path), False, LARGE)) as lane:
+        spans = [Span(i, len(block)) for i, block in enumerate(blocks)]
+        lane.receive(iter(spans), sink, advanced.append)
+    assert bytes(sink.content) == b"".join(blocks)
+    assert sink.segments == [0, 1, 2]
 
 
 def test_a_file_that_became_shorter_is_an_error_that_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: SSHServer, store: SFTPStore
 ) -> None:
-    with SSHServer(tmp_path / "s") as server, contextlib.closing(
-        open_store(server, monkeypatch)
-    ) as store:  # fmt: skip
-        path = random_file(server.storage / "f", MIB)
-        spans, sink = [Span(0, SEGMENT_BYTES), Span(1, SEGMENT_BYTES)], Received()
-        lane = store.lane(str(path), False, LARGE)
-        with contextlib.closing(lane), pytest.raises(IntegrityError, match="became shorter"):
-            lane.receive(iter(spans), sink, lambda count: None)
+    path = random_file(server.storage / "f", MIB)
+    spans, sink = [Span(0, SEGMENT_BYTES), Span(1, SEGMENT_BYTES)], Received()
+    lane = store.lane(str(path), False, LARGE)
+    with contextlib.closing(lane), pytest.raises(IntegrityError, match="became shorter"):
+        lane.receive(iter(spans), sink, lambda count: None)
 
 
 @pytest.mark.parametrize("sessions", [2, 3, 4, 10])
@@ -159,10 +157,11 @@ def test_a_large_file_goes_through_however_few_sessions_there_are(
         go_and_come(server, tmp_path)
 
 
-def test_what_the_shells_start_up_files_print_is_no_content(tmp_path: Path) -> None:
-    with SSHServer(tmp_path / "s") as server:
-        (server.remote_home / ".bashrc").write_text("echo welcome to the box\n")
-        go_and_come(server, tmp_path)
+def test_what_the_shells_start_up_files_print_is_no_content(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    (server.remote_home / ".bashrc").write_text("echo welcome to the box\n")
+    go_and_come(server, tmp_path)
 
 
 def test_a_server_whose_python_does_not_work_is_served_by_sftp(tmp_path: Path) -> None:
