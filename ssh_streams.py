@@ -169,29 +169,40 @@ class StreamLane:
             arrived(sent.popleft())
 
     def receive(self, spans: Iterable[Span], sink: Sink, advance: Advance) -> None:
+        pipe = ssh_wire.open_content_pipe(self._channel)
+        block = memoryview(b"")
+        for span in self._asked_ahead(spans, pipe):
+            place = span.number * SEGMENT_BYTES
+            end = place + span.length
+            while place < end:
+                block = block or self._next_block(pipe)
+                piece, block = block[: end - place], block[end - place :]
+                self._connection.limiter.take(len(piece))
+                sink.write(place, piece)
+                advance(len(piece))
+                place += len(piece)
+            sink.arrived(span.number)
+
+    def _asked_ahead(self, spans: Iterable[Span], pipe: ssh_wire.ContentPipe) -> Iterator[Span]:
+        """The spans, of which the server always knows a few more."""
         wanted = iter(spans)
         asked: collections.deque[Span] = collections.deque()
         while True:
             if len(asked) < AHEAD:
                 more = list(itertools.islice(wanted, AHEAD))
+                pipe.expect(sum(span.length for span in more))
                 self._write(b"".join(_span(*span) for span in more))
                 asked += more
             if not asked:
-                break
-            self._receive_span(asked.popleft(), sink, advance)
+                return
+            yield asked.popleft()
 
-    def _receive_span(self, span: Span, sink: Sink, advance: Advance) -> None:
-        offset = span.number * SEGMENT_BYTES
-        end = offset + span.length
-        while offset < end:
-            with self._failures():
-                pieces = self._answers.some(end - offset)
-            count = sum(map(len, pieces))
-            self._connection.limiter.take(count)
-            sink.write(offset, *pieces)
-            advance(count)
-            offset += count
-        sink.arrived(span.number)
+    def _next_block(self, pipe: ssh_wire.ContentPipe) -> memoryview:
+        with self._failures():
+            block = ssh_wire.receive_block(self._channel, pipe)
+            if not block:
+                raise self._connection.lost()
+            return block
 
     def close(self) -> None:
         self._answers.close()

@@ -194,10 +194,11 @@ class SSHConnection:
         self, timeout: float | None = None, window: int | None = None
     ) -> paramiko.Channel:
         """A new channel; `timeout` limits each wait on it, `window` is its receive window."""
+        from ssh_wire import MOST_IN_PACKET
+
         transport = self.transport
         try:
-            # A large packet size spares both ends most of the packets of a download.
-            channel = transport.open_session(window, 128 * KIB, self.settings.timeout)
+            channel = transport.open_session(window, MOST_IN_PACKET, self.settings.timeout)
         except (self.paramiko.SSHException, EOFError, OSError) as error:
             if not transport.is_active():
                 raise self.lost() from error

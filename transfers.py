@@ -113,7 +113,7 @@ class Sink(Protocol):
     """Takes what a lane receives; called from several threads."""
 
     def write(self, offset: int, *pieces: bytes | memoryview) -> None:
-        """Bytes of the file from `offset` on."""
+        """Bytes of the file from `offset` on; the pieces may change once this returns."""
 
     def arrived(self, index: int) -> None:
         """All bytes of a segment were written."""

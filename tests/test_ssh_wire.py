@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from paramiko.packet import NeedRekeyException, Packetizer
 import cloud_services
 import ssh_wire
 from cloud_services import KIB, PaperspaceDownloader, PaperspaceUploader, write_at
+from ssh_transport import STREAMED_BYTES
 from ssh_wire import CHANNEL_DATA, BulkPacketizer, ReceivedData, SentData, send_some
 from tests.servers import SSHServer
 from tests.support import MIB, cli, document, flags, random_file, sha256
@@ -146,6 +148,115 @@ def test_content_for_our_pipes_never_meets_paramiko_and_all_else_does(
         assert [bytes(piece) for piece in pieces] == sent
 
 
+def content_pipe(pair: Pair, number: int) -> tuple[Any, ssh_wire.ContentPipe]:
+    channel: Any = Channel(number)
+    channel.transport = _Transport()
+    channel.transport.packetizer = pair.ours
+    return channel, ssh_wire.open_content_pipe(channel)
+
+
+def blocks(pipe: ssh_wire.ContentPipe) -> Iterator[bytes]:
+    """All blocks of a closed pipe, each as it was before the next was taken."""
+    return (bytes(block) for block in iter(pipe.take, b""))
+
+
+@given(
+    sizes=st.lists(st.integers(0, 2 * PACKET), min_size=1, max_size=12),
+    between=st.lists(st.sampled_from([b"", b"\x50", b"\x51" + bytes(3000)]), max_size=12),
+    cuts=st.lists(st.integers(1, 3 * PACKET), min_size=1, max_size=5),
+    block=st.integers(1, 5 * PACKET),
+)
+def test_what_is_expected_comes_in_large_blocks_and_all_else_goes_its_way(
+    sizes: list[int], between: list[bytes], cuts: list[int], block: int
+) -> None:
+    sent, others = [os.urandom(size) for size in sizes], [text for text in between if text]
+    with Pair(cuts) as pair, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssh_wire.ContentPipe, "BLOCK_BYTES", block)
+        channel, pipe = content_pipe(pair, 9)
+        second = content_pipe(pair, 7)[1]
+        for each in (pipe, second):
+            each.expect(sum(sizes))
+        for content, text in itertools.zip_longest(sent, between, fillvalue=b""):
+            for number in (9, 7):
+                pair.theirs.send_message(data_message(number, content))
+            pair.theirs.send_message(data_message(8, b"nobody's"))
+            if text:
+                pair.theirs.send_message(Message(text))
+        for text in others:
+            while (came := pair.ours.read_message())[0] == CHANNEL_DATA:
+                assert (came[1].get_int(), came[1].get_binary()) == (8, b"nobody's")
+            assert bytes([came[0]]) + came[1].asbytes() == text
+        pair.theirs.send_message(Message(b"\x52"))
+        while pair.ours.read_message()[0] != 0x52:
+            pass
+        pipe.close()
+        second.close()
+        first_blocks = [*blocks(pipe)]
+        assert b"".join(first_blocks) == b"".join(blocks(second)) == b"".join(sent)
+        assert all(block <= len(piece) < block + 2 * PACKET for piece in first_blocks[:-1])
+        ssh_wire.close_pipe(channel)
+        assert 9 not in pair.ours.pipes
+
+
+def test_content_of_any_cipher_fills_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh_wire.ContentPipe, "BLOCK_BYTES", 5)
+    pipe = ssh_wire.ContentPipe(9)
+    pipe.feed(b"")
+    pipe.expect(3)
+    pipe.feed(b"abc")
+    pipe.feed(b"")  # which is not the end
+    pipe.expect(8)
+    pipe.feed(b"defghij")
+    pipe.feed(b"k")
+    pipe.close()
+    assert [*blocks(pipe)] == [b"abc", b"defghij", b"k"]
+    assert not pipe.take()
+
+
+def test_content_that_comes_slowly_is_waited_for_and_none_is_not() -> None:
+    pipe = ssh_wire.ContentPipe(9)
+    pipe.expect(6)
+
+    def trickle() -> None:
+        for _ in range(6):
+            time.sleep(0.2)
+            pipe.feed(b"x")
+
+    feeder = threading.Thread(target=trickle)
+    feeder.start()
+    assert pipe.take(timeout=0.6) == b"x" * 6
+    feeder.join()
+    with pytest.raises(TimeoutError):
+        pipe.take(timeout=0.01)
+
+
+@given(position=st.integers(4, 200))
+def test_a_flipped_bit_never_reaches_the_content(position: int) -> None:
+    with Pair() as pair:
+        pipe = content_pipe(pair, 9)[1]
+        pipe.expect(400)
+        for byte in b"ab":
+            pair.theirs.send_message(data_message(9, bytes([byte]) * 200))
+        packets = bytearray(pair.sockets[0].recv(4 * KIB))
+        packets[len(packets) // 2 + position] ^= 1
+        pair.sockets[1].send(packets)
+        with pytest.raises(InvalidTag):
+            pair.ours.read_message()
+        pipe.close()
+        assert not pipe.take()
+
+
+def test_a_packet_that_promises_more_content_than_it_has_brings_what_it_has() -> None:
+    with Pair() as pair:
+        pipe = content_pipe(pair, 9)[1]
+        pipe.expect(40)
+        pair.theirs.send_message(Message(data_message(9, b"x" * 40).asbytes()[:-30]))
+        pair.theirs.send_message(data_message(9, b"y" * 30))
+        pair.theirs.send_message(Message(b"\x50"))
+        assert pair.ours.read_message()[0] == 0x50
+        assert pipe.take(0) == b"x" * 10 + b"y" * 30
+
+
 def test_a_key_exchange_that_is_due_is_told_between_two_pieces_of_content() -> None:
     with Pair() as pair:
         pair.ours.REKEY_BYTES = 3 * PACKET
@@ -215,7 +326,7 @@ def server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SSHServer
 
 
 def test_every_cipher_brings_a_file_there_and_back(server: SSHServer, tmp_path: Path) -> None:
-    file = random_file(tmp_path / "data.bin", 9 * MIB + 5)
+    file = random_file(tmp_path / "data.bin", STREAMED_BYTES + 5)
     sent = document(
         cli("--json", "upload-training", *flags(server), "--path", server.storage, "--archive", file,
             "--streams", 3, server=server, cwd=tmp_path)
