@@ -28,7 +28,6 @@ from cloud_services import (
 from ssh_transport import (
     ChannelReader,
     Completed,
-    NoPythonError,
     SSHConnection,
     command_error,
     end_input,
@@ -48,12 +47,10 @@ AHEAD = 16
 ACKNOWLEDGED = 8
 """Segments that the server reports written at once."""
 START = b"\ncloud-services: content follows\n"
-"""What a program says once it runs: whatever a shell's start-up files print comes before it."""
+"""What a program says first: whatever a shell's start-up files print comes before it."""
 
 _BEGIN = f"""
 import errno, os, struct, sys
-os.sendfile, os.pwrite
-os.write(1, {START!r})
 def enlarge(pipe):
     try:
         import fcntl
@@ -73,6 +70,7 @@ def send(at, count):
 try:
     file = os.open(sys.argv[1], os.O_RDONLY)
     enlarge(1)
+    os.write(1, {START!r})
     for head in iter(lambda: sys.stdin.buffer.read(12), b""):
         at, count = struct.unpack(">QI", head)
         while count:
@@ -102,6 +100,7 @@ def store(at, count):
 try:
     file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT, 0o666)
     enlarge(0)
+    os.write(1, {START!r})
     pending = 0
     for head in iter(lambda: exactly(12), b""):
         at, count = struct.unpack(">QI", head)
@@ -124,8 +123,7 @@ except OSError as error:
 class StreamLane:
     """One program on the server with one open file: a lane in one direction.
 
-    Raises NoMoreSessionsError when the server opens no further session, and NoPythonError when it
-    does not run the program.
+    Raises NoMoreSessionsError when the server opens no further session.
     """
 
     def __init__(self, connection: SSHConnection, path: str, writing: bool) -> None:
@@ -141,14 +139,9 @@ class StreamLane:
             raise
 
     def _start(self, script: str) -> None:
-        try:
-            with ssh_errors(self._connection):
-                self._channel.exec_command(shell_command(script))
-                self._answers.skip_past(START)
-        except LinkLostError:
-            if not self._is_over():
-                raise
-            raise NoPythonError(f"{self._connection.name} runs no Python 3") from None
+        with self._failures():
+            self._channel.exec_command(shell_command(script))
+            self._answers.skip_past(START)
 
     def send(
         self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
@@ -227,14 +220,10 @@ class StreamLane:
             with ssh_errors(self._connection):
                 yield
         except LinkLostError:
-            if not self._is_over():
+            over = self._channel.closed or self._channel.eof_received
+            if not over or not self._connection.transport.is_active():
                 raise
             raise self._end() from None
-
-    def _is_over(self) -> bool:
-        """Whether the program has ended, and the connection has not."""
-        over = self._channel.closed or self._channel.eof_received
-        return bool(over and self._connection.transport.is_active())
 
     def _end(self) -> CloudError:
         """The error for a program that ended too early."""

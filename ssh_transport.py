@@ -232,6 +232,11 @@ class SSHConnection:
                 self._found_tools = self._find_tools()
             return self._found_tools
 
+    @property
+    def has_python(self) -> bool:
+        """Whether the server runs Python programs."""
+        return "python3 works" in self._tools
+
     def by_python(self, program: str, path: str, otherwise: str) -> str:
         """A script that runs a Python program about `path`, or other commands without a Python.
 
@@ -239,16 +244,20 @@ class SSHConnection:
         hash, and does not start two of them a segment.
         """
         run = f"python3 -IS -c {shlex.quote(program)} {quoted(path)}"
-        works = "python3 -IS -c 'import hashlib' 2>/dev/null"
-        return f"if {works}; then {run}; else {otherwise}; fi"
+        return run if self.has_python else otherwise
 
     def _find_tools(self) -> str:
         words = " ".join(SHA256_COMMANDS)
+        python = (
+            "python3 -IS -c 'import hashlib, os; os.sendfile' 2>/dev/null && echo python3 works"
+        )
         try:
             with ssh_errors(self), contextlib.closing(self.open_command_session()) as channel:
                 channel.settimeout(self.settings.timeout)
                 channel.exec_command(
-                    shell_command(f"for tool in {words}; do command -v $tool; done; cat >/dev/null")
+                    shell_command(
+                        f"for tool in {words}; do command -v $tool; done; {python}; cat >/dev/null"
+                    )
                 )
                 end_input(channel)
                 return b"".join(iter(lambda: channel.recv(MIB), b"")).decode("utf-8", "replace")
@@ -865,10 +874,6 @@ class NoSFTPError(AccessError):
     """The server has no SFTP subsystem."""
 
 
-class NoPythonError(AccessError):
-    """The server has no Python that runs our programs."""
-
-
 NEAR_SECONDS = 0.005
 """A server that answers within this is in the same house: processors are the limit there."""
 STREAMED_BYTES = 16 * MIB
@@ -930,8 +935,8 @@ class SFTPStore(SSHStore):
 
         The last lane shares the control channel: a server grants ten sessions (MaxSessions).
         """
-        if self._may_stream and expected >= STREAMED_BYTES and self.can_hash:
-            with contextlib.suppress(NoMoreSessionsError, NoPythonError):
+        if self._may_stream and expected >= STREAMED_BYTES and self.connection.has_python:
+            with contextlib.suppress(NoMoreSessionsError):
                 return self._stream(path, writing)
         while True:
             with self._lock:
