@@ -170,13 +170,15 @@ class StreamLane:
 
     def receive(self, spans: Iterable[Span], sink: Sink, advance: Advance) -> None:
         pipe = ssh_wire.open_content_pipe(self._channel)
+        most = ssh_wire.MOST_AT_ONCE if self._connection.settings.limit_rate else SEGMENT_BYTES
         block = memoryview(b"")
         for span in self._asked_ahead(spans, pipe):
             place = span.number * SEGMENT_BYTES
             end = place + span.length
             while place < end:
                 block = block or self._next_block(pipe)
-                piece, block = block[: end - place], block[end - place :]
+                count = min(most, end - place)
+                piece, block = block[:count], block[count:]
                 self._connection.limiter.take(len(piece))
                 sink.write(place, piece)
                 advance(len(piece))

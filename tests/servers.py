@@ -271,10 +271,14 @@ class SSHServer:
         self._process.wait()
         self._process = None
 
+    def sessions(self) -> list[int]:
+        """The processes of the live sessions."""
+        assert self._process is not None, "the server is not running"
+        return descendants(self._process.pid)
+
     def kill_sessions(self) -> int:
         """Kill the live sessions, keep listening, and say how many processes ended."""
-        assert self._process is not None, "the server is not running"
-        sessions = descendants(self._process.pid)
+        sessions = self.sessions()
         _kill(sessions)
         return len(sessions)
 
