@@ -1140,18 +1140,18 @@ class ChannelReader:
 
     def read_some(self, most: int) -> bytes:
         """At least one byte, and at most `most`."""
-        return b"".join(self.some(most))
+        return b"".join(self._some(most))
 
     def pieces(self, count: int) -> list[bytes | memoryview]:
         """Exactly `count` bytes, in pieces as they came."""
         found: list[bytes | memoryview] = []
         while count:
-            some = self.some(count)
+            some = self._some(count)
             found += some
             count -= sum(map(len, some))
         return found
 
-    def some(self, most: int) -> list[bytes | memoryview]:
+    def _some(self, most: int) -> list[bytes | memoryview]:
         """At least one byte and at most `most`, in pieces as they came."""
         if not self._received:
             with ssh_errors(self._connection):
