@@ -177,8 +177,9 @@ def _local_tensorboard(
     else:
         logs = newest_run(LOGS)
     board = stack.enter_context(TensorBoard(logs, args.port, args.host or "localhost"))
-    _show(args, console, board.url, str(logs), board.is_open)
-    _until_ctrl_c(lambda: board.wait(1))
+    _until_ctrl_c(
+        lambda: _show(args, console, board.url, str(logs), board.is_open), lambda: board.wait(1)
+    )
     return SHOWN
 
 
@@ -201,8 +202,10 @@ def _remote_tensorboard(
     remote = stack.enter_context(RemoteTensorBoard(tunnel, remote_port, logs, everything))
     if not remote.is_ours:
         console.note("TensorBoard was running there already; it shows what it was started with")
-    _show(args, console, tunnel.url, f"{settings.host}:{remote.shows}")
-    _until_ctrl_c(lambda: remote.wait(1))
+    _until_ctrl_c(
+        lambda: _show(args, console, tunnel.url, f"{settings.host}:{remote.shows}"),
+        lambda: remote.wait(1),
+    )
     return SHOWN
 
 
@@ -232,9 +235,13 @@ def _teller(console: Console) -> Callable[[str], None]:
     return tell
 
 
-def _until_ctrl_c(look: Callable[[], bool]) -> None:
-    """The way such a command ends well; `look` says whether to go on, and raises what is wrong."""
+def _until_ctrl_c(show: Callable[[], None], look: Callable[[], bool]) -> None:
+    """The way such a command ends well, from the moment on that it shows how to end it.
+
+    `look` says whether to go on, and raises what is wrong.
+    """
     with contextlib.suppress(KeyboardInterrupt):
+        show()
         while look():
             pass
 
@@ -281,8 +288,8 @@ def tunnel(args: argparse.Namespace, console: Console) -> Outcome:
         there = f"{settings.host}, port {args.remote_port}"
         rows = [("here", running.url), ("leads to", there), ("to stop", "Ctrl-C")]
         document = {"url": running.url, "host": settings.host, "remote_port": args.remote_port}
-        console.show_now(Outcome(document, rows))
-        _until_ctrl_c(lambda: running.wait(1))
+        outcome = Outcome(document, rows)
+        _until_ctrl_c(lambda: console.show_now(outcome), lambda: running.wait(1))
     return SHOWN
 
 

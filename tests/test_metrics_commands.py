@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from cloud_services import S3Sync
+from cloud_services import Console, Outcome, S3Sync, main
 from ssh_tunnel import Tunnel, open_listener
 from tensorboard_views import RemoteTensorBoard, newest_run
 from tests.conftest import SCRIPT, Run, needs
@@ -116,6 +116,30 @@ def test_the_newest_run_is_shown_until_ctrl_c(tmp_path: Path) -> None:
     assert code == 0, errors
     assert is_gone(url)
     assert newest.name.startswith("second")
+
+
+@pytest.mark.parametrize("command", ["start-tensorboard", "start-tensorboard --host-ssh", "tunnel"])
+def test_ctrl_c_is_a_good_end_from_the_moment_it_is_offered(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = []
+
+    def interrupted_there(console: Console, outcome: Outcome) -> None:
+        offered.append(outcome.rows[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Console, "show_now", interrupted_there)
+    logs = train("first", root=tmp_path / "logs")
+    with box_with(tmp_path) as box:
+        monkeypatch.setenv("HOME", str(box.home))
+        words = ["start-tensorboard", "--logdir", str(logs), "--port", str(free_port())]
+        if "--host-ssh" in command:
+            words += [*map(str, reaching(box)), "--remote-port", str(free_port())]
+        if command == "tunnel":
+            words = ["tunnel", "--host", box.host, "--port", str(box.port), "--user", box.user]
+            words += ["--identity", str(box.identity), "--remote-port", str(free_port())]
+        assert main(words) == 0
+    assert offered == [("to stop", "Ctrl-C")]
 
 
 def test_all_shows_every_run(tmp_path: Path) -> None:
