@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import re
@@ -100,7 +101,7 @@ def tags(url: str) -> set[str]:
 def is_gone(url: str) -> bool:
     try:
         tags(url)
-    except OSError:
+    except (OSError, http.client.HTTPException):  # an answer that a cut ends is none
         return True
     return False
 
