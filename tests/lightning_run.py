@@ -92,7 +92,7 @@ def make_model(torch: Any, pl: Any, about: dict[str, Any]) -> Any:
             if self.first_step is None:
                 self.first_step = step
             time.sleep(about.get("step_seconds", 0))
-            meet(about.get("meet", {}).get(str(step)))
+            meet(about.get("meet", {}).get(str(step)), self.trainer)
             if step == about.get("break_at"):
                 raise ZeroDivisionError("made up")
             loss = self.layer(batch[0]).square().mean()
@@ -108,13 +108,17 @@ def make_model(torch: Any, pl: Any, about: dict[str, Any]) -> Any:
     return Model()
 
 
-def meet(name: str | None) -> None:
-    """Tell the test that a step is reached, and wait until it lets the training go on."""
-    if name is None or Path(f"{name}.go").exists():
+def meet(name: str | None, trainer: Any) -> None:
+    """Tell the test that a step is reached; wait until it lets this process go on, or a SIGTERM.
+
+    Lightning tells the other processes of a SIGTERM inside its handler, by a broadcast: all of them
+    have to be outside every other one meanwhile, or they wait for each other for ever.
+    """
+    if name is None or (go := Path(f"{name}.{trainer.global_rank}.go")).exists():
         return
-    Path(f"{name}.reached").touch()
+    Path(f"{name}.{trainer.global_rank}.reached").touch()
     deadline = time.monotonic() + 60
-    while not Path(f"{name}.go").exists() and time.monotonic() < deadline:
+    while not (go.exists() or trainer.received_sigterm) and time.monotonic() < deadline:
         time.sleep(0.01)
 
 

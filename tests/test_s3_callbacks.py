@@ -87,12 +87,12 @@ class Training:
         """Train to the end."""
         return ended(self.start(about, **more))
 
-    def reach(self, name: str) -> None:
-        """Wait until the training is at the step that has this name."""
-        wait_for((self.folder / f"{name}.reached").exists, 60)
+    def reach(self, name: str, rank: int = 0) -> None:
+        """Wait until this process of the training is at the step that has this name."""
+        wait_for((self.folder / f"{name}.{rank}.reached").exists, 60)
 
-    def go_on(self, name: str) -> None:
-        (self.folder / f"{name}.go").touch()
+    def go_on(self, name: str, rank: int = 0) -> None:
+        (self.folder / f"{name}.{rank}.go").touch()
 
     def files(self) -> dict[str, Path]:
         """The checkpoints on the disk."""
@@ -113,11 +113,13 @@ class Training:
 
     def require_all_stored(self, count: int) -> None:
         """Every checkpoint on the disk is in the bucket, with this very content."""
-        files = self.files()
-        assert len(files) == count, sorted(files)
-        assert {name: self.stored().get(name) for name in files} == {
-            name: sha256(path) for name, path in files.items()
-        }
+        written = self.written()
+        assert len(written) == count, sorted(written)
+        assert {name: self.stored().get(name) for name in written} == written
+
+    def written(self) -> dict[str, str]:
+        """The SHA-256 of each checkpoint on the disk, by name."""
+        return {name: sha256(path) for name, path in self.files().items()}
 
 
 @dataclass
@@ -203,9 +205,7 @@ def test_the_arguments_of_the_guide_name_bucket_and_folders_for_pytorch_lightnin
     }  # fmt: skip
     done = training.run(about, S3_BUCKET="", S3_PREFIX="elsewhere", AWS_ENDPOINT_URL="")
     assert (done.document["missing"], done.complaints) == ([], [])
-    assert training.stored("mine/checkpoints") == {
-        name: sha256(path) for name, path in training.files().items()
-    }
+    assert training.stored("mine/checkpoints") == training.written()
     metrics = training.folder / "runs/lightning_logs/version_0/metrics.csv"
     assert training.stored("mine/logs/version_0")["metrics.csv"] == sha256(metrics)
     assert not [key for key in training.server.all_keys() if key.startswith("elsewhere")]
@@ -225,18 +225,38 @@ def test_a_run_resumed_from_the_bucket_continues_at_the_right_step(
     again.require_all_stored(3)
 
 
+TWO_PROCESSES = {**SAVE_OTHER, "devices": 2, "batches": 16, "meet": {"4": "term"}}
+
+
 def test_two_processes_send_each_checkpoint_once_even_when_they_are_terminated(
     disturbed: Training, proxy: FaultProxy
 ) -> None:
-    process = disturbed.start({**SAVE_OTHER, "devices": 2, "batches": 16, "meet": {"4": "term"}})
-    disturbed.reach("term")
+    process = disturbed.start(TWO_PROCESSES)
+    for rank in range(2):
+        disturbed.reach("term", rank)
     process.send_signal(signal.SIGTERM)
-    disturbed.go_on("term")
     done = ended(process)
     assert (done.status, done.complaints) == (0, [])
     disturbed.require_all_stored(3)
     named = [seen.path for seen in proxy.seen("PUT") if "step=" in seen.path]
     assert len(named) == len(set(named)) == 2
+
+
+def test_what_was_written_arrives_even_when_lightning_hangs_in_its_handler_of_sigterm(
+    disturbed: Training, proxy: FaultProxy
+) -> None:
+    proxy.fail("delay", method="PUT", seconds=3, times=10**6)
+    process = disturbed.start(TWO_PROCESSES)
+    for rank in range(2):
+        disturbed.reach("term", rank)
+    disturbed.go_on("term", 1)  # into a step that it cannot end alone: no handler runs meanwhile
+    process.send_signal(signal.SIGTERM)
+    try:
+        wait_for(lambda: disturbed.stored() == disturbed.written(), 60)
+        disturbed.require_all_stored(3)
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
 
 
 def test_checkpoints_written_by_another_thread_arrive_complete(training: Training) -> None:
@@ -251,7 +271,7 @@ def test_equal_names_in_two_folders_and_names_with_a_slash_stay_apart(training: 
     writers = [linked, {**slash, "monitor": "loss"}]
     done = training.run({"uploads": {}, "checkpoints": writers, "epochs": 1})
     assert done.document["missing"] == []
-    files = {name: sha256(path) for name, path in training.files().items()}
+    files = training.written()
     assert training.stored() == {
         "step=4.ckpt": files["a/step=4.ckpt"],
         "last.ckpt": files["a/step=4.ckpt"],
@@ -402,7 +422,6 @@ def test_after_a_sigterm_what_was_written_is_sent(disturbed: Training, proxy: Fa
     process = disturbed.start({**SAVE_OTHER, "meet": {"4": "term"}})
     disturbed.reach("term")
     process.send_signal(signal.SIGTERM)
-    disturbed.go_on("term")
     done = ended(process)
     assert (done.status, done.complaints) == (0, [])  # Lightning's own: SIGTERM is no failure
     disturbed.require_all_stored(3)
@@ -417,7 +436,6 @@ def test_a_second_sigterm_ends_the_wait_with_a_report(
     })  # fmt: skip
     disturbed.reach("term")
     process.send_signal(signal.SIGTERM)
-    disturbed.go_on("term")
     assert process.stderr is not None
     said = ""
     while "still sending" not in said:
