@@ -89,9 +89,11 @@ def serve(args: argparse.Namespace, console: Console) -> Outcome:
         console.note(settings.opens)
 
     def started(server: StorageServer) -> None:
-        console.show_now(_serving(server, settings))  # first: a secret is shown only once
-        for bucket in args.bucket:
-            server.make_bucket(bucket)
+        try:
+            for bucket in args.bucket:
+                server.make_bucket(bucket)
+        finally:  # whatever went wrong: a secret is shown only once
+            console.show_now(_serving(server, settings))
 
     serve_until_stopped(settings, started)
     return SHOWN

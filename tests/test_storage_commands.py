@@ -7,15 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cloud_jobs import storage
 from cloud_jobs.commands import parse_duration
 from cloud_jobs.quickstart import quickstart
-from cloud_services import AccessError, S3Sync, UsageError
+from cloud_services import AccessError, S3Sync, UsageError, main
 from tests.conftest import SCRIPT, Run
 from tests.support import random_file, sha256
 
@@ -118,6 +119,38 @@ def test_a_given_secret_comes_by_standard_input(tmp_path: Path) -> None:
         visible.stop()
         assert visible.process.stderr is not None
         assert "--secret-key is visible to other users" in visible.process.stderr.read()
+
+
+def test_the_address_is_told_when_the_buckets_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+
+    def serve_for_a_moment(
+        settings: storage.StorageSettings, started: Callable[[storage.StorageServer], None]
+    ) -> None:
+        with storage.StorageServer(settings) as server:
+            make_bucket = server.make_bucket
+
+            def make_and_look(name: str) -> None:
+                make_bucket(name)
+                told.append(capsys.readouterr().out)
+
+            monkeypatch.setattr(server, "make_bucket", make_and_look)
+            started(server)
+
+    monkeypatch.setattr(storage, "serve", serve_for_a_moment)
+    folder = str(tmp_path / "storage")
+    buckets = ["--bucket", "models", "--bucket", "ticks"]
+    assert main(["serve", "--port", "0", "--storage-dir", folder, *buckets]) == 0
+    assert told == ["", ""]
+    assert "shown only now" in capsys.readouterr().out
+
+
+def test_a_new_secret_is_shown_even_where_a_bucket_cannot_be_made(run: Run) -> None:
+    done = run("serve", "--port", "0", "--storage-dir", "storage", "--bucket", "Models")
+    assert (done.returncode, "shown only now" in done.stdout) == (2, True)
+    assert "'Models' is no name for a bucket" in done.stderr
 
 
 @pytest.mark.parametrize(
