@@ -3310,7 +3310,8 @@ def _handled_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is _terminate:  # else a second one would cut the end short
+                signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -95,35 +95,40 @@ class TensorBoard:
     """A TensorBoard of this machine; use it with `with`. Raises MissingPackageError, CloudError."""
 
     def __init__(self, logs: Path, port: int, host: str = "localhost") -> None:
-        """Choose a port: one that is taken becomes the next free one, 0 any.
+        """A port that is taken becomes the next free one, 0 any; `url` says which when it runs.
 
         host: a name or an address of this machine; 0.0.0.0 or :: are all of its addresses.
         """
         require_installed("tensorboard")
-        address, self.port = _free_address(host, port)
+        self._host, self._wanted = host, port
         self._logs = _as_argument(str(logs))
-        self._command = [
-            sys.executable, "-m", "tensorboard.main", f"--logdir={self._logs}", f"--host={address}",
-            f"--port={self.port}", "--reload_interval=5",
-        ]  # fmt: skip
-        self.url = f"http://{_browsable(host, address)}:{self.port}"
-        self._probed = f"http://{_browsable(address, address)}:{self.port}"
-        self.is_open = not _ip(address).is_loopback
-        """Whether other machines can reach it."""
         self._said = tempfile.TemporaryFile()
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> TensorBoard:
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said,
-            start_new_session=True,
-        )  # fmt: skip
         try:
+            self._start()
             self._wait_until_it_answers()
         except BaseException:
             self.stop()
             raise
         return self
+
+    def _start(self) -> None:
+        address, self.port = _free_address(self._host, self._wanted)
+        self.url = f"http://{_browsable(self._host, address)}:{self.port}"
+        self._probed = f"http://{_browsable(address, address)}:{self.port}"
+        self.is_open = not _ip(address).is_loopback
+        """Whether other machines can reach it."""
+        command = [
+            sys.executable, "-m", "tensorboard.main", f"--logdir={self._logs}", f"--host={address}",
+            f"--port={self.port}", "--reload_interval=5",
+        ]  # fmt: skip
+        self._said.truncate(self._said.seek(0))
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=self._said, stderr=self._said,
+            start_new_session=True,
+        )  # fmt: skip
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
@@ -134,14 +139,23 @@ class TensorBoard:
     def _wait_until_it_answers(self) -> None:
         until = time.monotonic() + START_SECONDS
         while not _is_same_place(shown_by(self._probed), self._logs):
-            self.wait(LOOK_SECONDS)  # raises when ours has ended: another took the port meanwhile
+            if self._lost_its_port():
+                self._start()
+            self.wait(LOOK_SECONDS)
             if time.monotonic() > until:
                 raise CloudError(f"TensorBoard does not answer: {self._last_words()}")
+
+    def _has_ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
+    def _lost_its_port(self) -> bool:
+        """Whether it ended because another program listened there before it did."""
+        return self._has_ended() and _free_address(self._host, self.port)[1] != self.port
 
     def wait(self, seconds: float) -> bool:
         """Wait; True. Raises CloudError when it has ended."""
         time.sleep(seconds)
-        if self._process is None or self._process.poll() is not None:
+        if self._has_ended():
             raise CloudError(f"TensorBoard ended: {self._last_words()}", AGAIN)
         return True
 

@@ -177,12 +177,19 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 def _is_open_somewhere(log: Path) -> bool:
     """Whether a process of this user has it open, as far as this system tells."""
-    for process in Path("/proc").glob("[0-9]*/fd"):
-        with contextlib.suppress(OSError):
-            for link in process.iterdir():
-                if os.readlink(link) == str(log.resolve()):
-                    return True
+    wanted = str(log.resolve())
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # another user's, or just ended
+            if any(_read_link(link) == wanted for link in (process / "fd").iterdir()):
+                return True
     return False
+
+
+def _read_link(link: Path) -> str:
+    """Where it leads; empty for one that is gone, or cannot be asked."""
+    with contextlib.suppress(OSError):
+        return os.readlink(link)
+    return ""
 
 
 def wandb_program() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -73,11 +74,34 @@ def _give_up(reason: str) -> NoReturn:
 # ---------------------------------------------------------------------------
 
 
+PORTS_OF_A_WORKER = 1000
+FIRST_PORT, MOST_WORKERS = 18_000, 14
+
+
+def _ports() -> Iterator[int]:
+    """The ports of this pytest-xdist worker, again and again, from one that differs each time.
+
+    They lie below those that the system chooses (32768 and more on Linux): no other worker, no
+    client and no server that asks for any port can take one between its choice and its use.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % MOST_WORKERS
+    first = FIRST_PORT + worker * PORTS_OF_A_WORKER
+    while True:
+        begin = random.randrange(PORTS_OF_A_WORKER)
+        for number in range(PORTS_OF_A_WORKER):
+            yield first + (begin + number) % PORTS_OF_A_WORKER
+
+
+_next_port = _ports()
+
+
 def free_port() -> int:
-    """A loopback port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that nobody listened on a moment ago, and nobody else is about to."""
+    for port in _next_port:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((LOOPBACK, port))
+            return port
+    raise AssertionError  # it never ends
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import tensorboard_views
 from cloud_services import Console, Outcome, S3Sync, main
 from ssh_tunnel import Tunnel, open_listener
 from tensorboard_views import RemoteTensorBoard, newest_run
@@ -91,19 +92,23 @@ def processes(text: str) -> list[int]:
     return [int(pid) for pid, state, command in rows if text in command and "Z" not in state]
 
 
+def fetched(url: str) -> bytes:
+    """What answers there; nothing where none does, or a cut link ends the answer."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=10) as answer:
+            return bytes(answer.read())
+    except (OSError, http.client.HTTPException):
+        return b""
+
+
 def tags(url: str) -> set[str]:
     """The runs that a TensorBoard shows with scalars."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{url}/data/plugin/scalars/tags", timeout=10) as answer:
-        return set(json.load(answer))
+    return set(json.loads(fetched(f"{url}/data/plugin/scalars/tags") or "[]"))
 
 
 def is_gone(url: str) -> bool:
-    try:
-        tags(url)
-    except (OSError, http.client.HTTPException):  # an answer that a cut ends is none
-        return True
-    return False
+    return not fetched(url)
 
 
 def test_the_newest_run_is_shown_until_ctrl_c(tmp_path: Path) -> None:
@@ -148,6 +153,22 @@ def test_all_shows_every_run(tmp_path: Path) -> None:
     with Running("start-tensorboard", "--all", "--port", free_port()) as board:
         url = board.url()
         assert wait_until(lambda: tags(url) == names, 20)
+
+
+def test_a_port_that_another_takes_before_tensorboard_does_is_passed_over_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train("first")
+    with socket.create_server(("127.0.0.1", free_port())) as other:
+        taken = other.getsockname()[1]
+        choices = iter([("127.0.0.1", taken)])
+        choose = tensorboard_views._free_address
+        monkeypatch.setattr(
+            tensorboard_views, "_free_address", lambda *asked: next(choices, None) or choose(*asked)
+        )
+        with tensorboard_views.TensorBoard(LOGS, taken) as board:
+            assert board.port != taken
+            assert wait_until(lambda: bool(tags(board.url)), 20)
 
 
 def test_a_taken_port_is_passed_over_and_said() -> None:
@@ -536,13 +557,7 @@ def test_a_tunnel_alone_forwards_and_ends_with_ctrl_c(server: SSHServer, tmp_pat
         words += ["--identity", str(server.identity), "--remote-port", port]
         with Running(*words, "--local-port", free_port(), env=server.environment) as tunnel:
             url = tunnel.url()
-            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-            def answers() -> bool:
-                with opener.open(url, timeout=10) as answer:
-                    return bool(answer.status == 200)
-
-            assert wait_until(answers, 20)
+            assert wait_until(lambda: not is_gone(url), 20)
             assert tunnel.interrupt()[0] == 0
     finally:
         site.kill()

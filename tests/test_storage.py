@@ -238,6 +238,16 @@ def data_files(folder: Path) -> int:
     )
 
 
+def named_files(folder: Path) -> int:
+    """How many content files the index names."""
+    return len(set(rows(folder, "SELECT file FROM pieces")))
+
+
+def nothing_is_left_over(server: StorageServer) -> bool:
+    """Whether every content file is one that the index names."""
+    return data_files(server.settings.folder) == named_files(server.settings.folder)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StorageServer]:
     with StorageServer(given_settings(tmp_path_factory.mktemp("store"))) as running:
@@ -364,14 +374,13 @@ def test_a_clock_a_little_off_is_fine(raw: Raw) -> None:
 
 
 def test_an_altered_body_is_refused_and_not_kept(raw: Raw, server: StorageServer) -> None:
-    files = data_files(server.settings.folder)
     for size in SIZES.values():
         content = random_bytes(size + 1)
         payload = hashlib.sha256(content[:-1] + b"?").hexdigest()
         reply = raw.call("PUT", f"/{BUCKET}/altered", content, payload=payload)
         assert (reply.status, reply.code) == (400, "XAmzContentSHA256Mismatch")
     assert raw.call("GET", f"/{BUCKET}/altered").code == "NoSuchKey"
-    assert data_files(server.settings.folder) == files
+    wait_until(lambda: nothing_is_left_over(server))
 
 
 VERSIONS = {"the default": None, "version 4": "s3v4"}
@@ -952,11 +961,10 @@ def test_what_is_read_stays_whole_while_it_is_replaced(server: StorageServer, cl
     client.put_object(Bucket=BUCKET, Key="replaced", Body=first)
     body = client.get_object(Bucket=BUCKET, Key="replaced")["Body"]
     start = body.read(100_000)
-    files = data_files(server.settings.folder)
     client.put_object(Bucket=BUCKET, Key="replaced", Body=second)
     assert start + body.read() == first
     assert client.get_object(Bucket=BUCKET, Key="replaced")["Body"].read() == second
-    wait_until(lambda: data_files(server.settings.folder) == files)
+    wait_until(lambda: nothing_is_left_over(server))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -1008,7 +1016,7 @@ def test_one_of_many_writers_creates_and_no_content_is_mixed(server: StorageServ
 def test_copies_share_content_and_outlive_their_source(
     server: StorageServer, client: Any, contents: dict[str, bytes]
 ) -> None:
-    files = data_files(server.settings.folder)
+    files = named_files(server.settings.folder)
     for kind in ("empty", "inline", "file", "parts"):
         source = f"{BUCKET}/kind-{kind}"
         client.copy_object(Bucket=BUCKET, Key="copy", CopySource=source)
@@ -1017,7 +1025,7 @@ def test_copies_share_content_and_outlive_their_source(
         assert (
             client.get_object(Bucket=BUCKET, Key="copy2")["Body"].read() == contents[f"kind-{kind}"]
         )
-    assert data_files(server.settings.folder) == files
+    assert named_files(server.settings.folder) == files
     replaced = {"MetadataDirective": "REPLACE", "Metadata": {"new": "1"}, "ContentType": "a/b"}
     itself = {"Bucket": BUCKET, "Key": "copy2", "CopySource": f"{BUCKET}/copy2"}
     assert code_of(client.copy_object, **itself) == "InvalidRequest"
@@ -1059,7 +1067,6 @@ def test_parts_are_copied_from_other_objects(client: Any, contents: dict[str, by
 
 
 def test_an_upload_in_parts_with_all_that_can_be_wrong(client: Any, server: StorageServer) -> None:
-    files = data_files(server.settings.folder)
     where = {"Bucket": BUCKET, "Key": "wrong"}
     upload = client.create_multipart_upload(**where)["UploadId"]
     part = functools.partial(client.upload_part, **where, UploadId=upload)
@@ -1094,7 +1101,7 @@ def test_an_upload_in_parts_with_all_that_can_be_wrong(client: Any, server: Stor
     client.abort_multipart_upload(**where, UploadId=upload)
     assert code_of(client.abort_multipart_upload, **where, UploadId=upload) == "NoSuchUpload"
     assert code_of(client.get_object, **where) == "NoSuchKey"
-    wait_until(lambda: data_files(server.settings.folder) == files)
+    wait_until(lambda: nothing_is_left_over(server))
 
 
 def test_completing_again_after_a_lost_answer_is_fine(client: Any) -> None:
@@ -1301,7 +1308,6 @@ def test_nothing_is_shown_without_a_signature(raw: Raw) -> None:
 
 def test_a_cut_upload_leaves_the_old_object(raw: Raw, client: Any, server: StorageServer) -> None:
     client.put_object(Bucket=BUCKET, Key="cut", Body=b"old")
-    files = data_files(server.settings.folder)
     for size in (1000, 3 * MIB):
         content = random_bytes(size)
         signed = raw.sign("PUT", f"/{BUCKET}/cut", {}, hashlib.sha256(content).hexdigest())
@@ -1310,7 +1316,7 @@ def test_a_cut_upload_leaves_the_old_object(raw: Raw, client: Any, server: Stora
         with socket.create_connection(raw.address, 10) as connection:
             connection.sendall(head.encode() + b"\r\n" + content[: size // 2])
             time.sleep(0.1)
-    wait_until(lambda: data_files(server.settings.folder) == files)
+    wait_until(lambda: nothing_is_left_over(server))
     assert client.get_object(Bucket=BUCKET, Key="cut")["Body"].read() == b"old"
 
 
@@ -1611,8 +1617,7 @@ def test_a_kill_loses_nothing_acknowledged_and_shows_nothing_partial(
     with Process(tmp_path, fsync) as process:
         check_survivors(client_of(process.url), acknowledged, begun)
     assert len(acknowledged) > 10
-    named = len(set(rows(tmp_path, "SELECT file FROM pieces")))
-    assert data_files(tmp_path) == named
+    assert data_files(tmp_path) == named_files(tmp_path)
 
 
 def rows(folder: Path, query: str) -> list[Any]:

@@ -71,19 +71,27 @@ class Link:
         self.port = int(self._listener.getsockname()[1])
         self._open = True
         self._ends: list[socket.socket] = []
+        self._lock = threading.Lock()
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 guest, _ = self._listener.accept()
-                if not self._open:
-                    guest.close()
-                    continue
-                server = socket.create_connection((LOOPBACK, self._target))
-                self._ends += [guest, server]
-                for one, other in ((guest, server), (server, guest)):
-                    threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
+                with self._lock:
+                    self._let_in(guest)
+
+    def _let_in(self, guest: socket.socket) -> None:
+        try:
+            if not self._open:
+                raise ConnectionRefusedError
+            server = socket.create_connection((LOOPBACK, self._target))
+        except OSError:
+            guest.close()
+            return
+        self._ends += [guest, server]
+        for one, other in ((guest, server), (server, guest)):
+            threading.Thread(target=self._pass_on, args=(one, other), daemon=True).start()
 
     @staticmethod
     def _pass_on(one: socket.socket, other: socket.socket) -> None:
@@ -96,10 +104,11 @@ class Link:
 
     def cut(self) -> None:
         """End what goes through it, and let nothing through."""
-        self._open = False
-        for end in self._ends:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self._open = False
+            for end in self._ends:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
     def mend(self) -> None:
         self._open = True
