@@ -69,6 +69,7 @@ class LateModule:
 
 
 if TYPE_CHECKING:
+    import calendar
     import fcntl
     import gzip
     import hashlib
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
 else:
     fcntl, gzip, hashlib, json = map(LateModule, ("fcntl", "gzip", "hashlib", "json"))
     shutil, tarfile, tempfile = map(LateModule, ("shutil", "tarfile", "tempfile"))
+    calendar = LateModule("calendar")
 
 __version__ = "0.1.0"
 
@@ -1098,9 +1100,27 @@ def _unescape(match: re.Match[bytes]) -> bytes:
     return {b"n": b"\n", b"r": b"\r"}.get(match[1], b"\\")
 
 
+TIMESTAMP = "%Y%m%d_%H%M%S"
+
+
 def timestamped(stem: str) -> str:
     """The default archive name: training_data_20240131_235959.tar.gz."""
-    return f"{stem}_{time.strftime('%Y%m%d_%H%M%S')}.tar.gz"
+    return f"{stem}_{time.strftime(TIMESTAMP)}.tar.gz"
+
+
+def a_second_later(name: str) -> str:
+    """The name that `timestamped` gives a second later: where one is taken."""
+    stem, moment = name[: -len("20240131_235959.tar.gz")], name[-len("20240131_235959.tar.gz") :]
+    seconds = calendar.timegm(time.strptime(moment, f"{TIMESTAMP}.tar.gz"))
+    return f"{stem}{time.strftime(TIMESTAMP, time.gmtime(seconds + 1))}.tar.gz"
+
+
+def _new_archive(stem: str) -> str:
+    """A name in the current folder that nothing has yet."""
+    name = timestamped(stem)
+    while os.path.lexists(name):
+        name = a_second_later(name)
+    return name
 
 
 # ── archive: reading ─────────────────────────────────────────────────────────────────────────────
@@ -1499,7 +1519,7 @@ def _write_members(
 
 if TYPE_CHECKING:
     from cloud_settings import SSHSettings
-    from transfers import Fetcher, FileInfo, Moved, Purpose, Sender, Source, Store
+    from transfers import Delivered, Fetcher, FileInfo, Purpose, Source, Store
 
 SATELLITES = (
     "cloud_settings", "transfers", "ssh_transport", "hash_cache", "hf_transport", "hub_sync",
@@ -1514,6 +1534,23 @@ def list_hint(path: str) -> str:
     """The command that shows what is there instead."""
     folder = posixpath.dirname(path.rstrip("/")) or "/"
     return f"python cloud_services.py list-remote-files --path {shlex.quote(folder)}"
+
+
+def command_there(command: str, settings: SSHSettings, method: str) -> str:
+    """What to type here to have a shell run `command` where a method sends to."""
+    if method == "local":
+        return command
+    login = f"{settings.user}@{settings.host}" if settings.user else settings.host
+    port = f"-p {settings.port} " if settings.port else ""
+    key = f"-i {shlex.quote(settings.identity)} " if settings.identity else ""
+    return f"ssh {port}{key}{login} {shlex.quote(command)}"
+
+
+def unpacking_command(archive: str, settings: SSHSettings, method: str) -> str:
+    """The command that unpacks a training archive where it arrived."""
+    folder, name = posixpath.split(archive)
+    unpack = f"tar -xzf {shlex.quote('./' + name)} && sha256sum -c {TRAINING_MANIFEST}"
+    return command_there(f"cd {shlex.quote(folder or '.')} && {unpack}", settings, method)
 
 
 class TransferResult(NamedTuple):
@@ -1650,7 +1687,7 @@ class PaperspaceUploader(_Paperspace):
     ) -> ArchiveResult:  # fmt: skip
         """Pack the training data into `output` (default: training_data_YYYYMMDD_HHMMSS.tar.gz)."""
         plan = self.plan_training(include_ticks, include_cache, exclude)
-        return create_archive(plan, output or timestamped("training_data"), self.progress)
+        return create_archive(plan, output or _new_archive("training_data"), self.progress)
 
     def upload_paperspace_training_data(
         self, archive: str | Path | Plan | None = None, method: str = "scp", extract: bool = False
@@ -1661,19 +1698,27 @@ class PaperspaceUploader(_Paperspace):
         `self.settings.path`, or under that very name when it ends in .tar.gz. With `extract` it is
         unpacked there. An interrupted upload continues when it is called again.
         """
-        from transfers import PackSource, movers
+        from transfers import PackSource, deliver, movers
 
         started = time.monotonic()
         if archive is None:
             archive = self.plan_training()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._only_upload(archive, method))
             source = self._source(archive, method, stack)
-            target = self._target(archive, method)
             session = stack.enter_context(self._session(method, "send"))
             send, _ = movers(method)
-            moved = session.run(lambda store: self._upload(store, source, target, send, extract))
+
+            def upload(store: Store) -> Delivered:
+                if extract:
+                    store.require_unpacking()
+                return deliver(store, source, name, self.progress, send, keep_old)
+
+            name, keep_old = self._target(archive, method)
+            target, moved = session.run(upload)
             if extract:
-                session.run(lambda store: store.unpack(target))
+                with self._arrived(target, method):
+                    session.run(lambda store: store.unpack(target))
         plan = archive if isinstance(archive, Plan) else None
         return TransferResult(
             str(self.workspace if plan else archive), target, moved.size, moved.moved,
@@ -1708,21 +1753,42 @@ class PaperspaceUploader(_Paperspace):
         create_archive(archive, file, self.progress)
         return FileSource(file, name)
 
-    def _target(self, archive: str | Path | Plan, method: str) -> str:
+    def _target(self, archive: str | Path | Plan, method: str) -> tuple[str, bool]:
+        """Its path there, and whether the name is our own: then it replaces nothing."""
         path = self._remote_path(self.settings.path, method)
         if path.endswith(ARCHIVE_SUFFIXES):
-            return path
-        name = timestamped("training_data") if isinstance(archive, Plan) else Path(archive).name
-        return posixpath.join(path, name)
+            return path, False
+        if isinstance(archive, Plan):
+            return posixpath.join(path, timestamped("training_data")), True
+        return posixpath.join(path, Path(archive).name), False
 
-    def _upload(
-        self, store: Store, source: Source, target: str, send: Sender, extract: bool
-    ) -> Moved:
-        from transfers import deliver
+    @contextlib.contextmanager
+    def _arrived(self, target: str, method: str) -> Iterator[None]:
+        """What failed from here on needs no second upload: the hint says what it does need."""
+        try:
+            yield
+        except IntegrityError as error:
+            error.hint = "send an archive that create-training-archive has made"
+            raise
+        except CloudError as error:
+            again = unpacking_command(target, self.settings, method)
+            first = "free some space, then: " if isinstance(error, DiskFullError) else ""
+            error.hint = f"the archive has arrived, whole. {first}{again}"
+            raise
 
-        if extract:
-            store.require_unpacking()
-        return deliver(store, source, target, self.progress, send)
+    def _only_upload(
+        self, archive: str | Path | Plan, method: str
+    ) -> contextlib.AbstractContextManager[None]:
+        """Two uploads of one source into one folder would write the same unfinished file."""
+        from transfers import only_run
+
+        target, _ = self._target(archive, method)
+        folder = posixpath.dirname(target)
+        place = f"{self.settings.host}:{self.settings.port}:{folder}"
+        if method == "local":
+            place = os.path.realpath(folder)
+        source = archive.workspace if isinstance(archive, Plan) else Path(archive)
+        return only_run(f"{place}\0{source.resolve()}", posixpath.join(folder, source.name))
 
 
 def _require_own_names(matches: Sequence[FileInfo]) -> None:
@@ -1753,7 +1819,7 @@ class PaperspaceDownloader(_Paperspace):
     ) -> ArchiveResult:
         """Pack the results into `output` (default: results_YYYYMMDD_HHMMSS.tar.gz)."""
         return create_archive(
-            self.plan_results(exclude), output or timestamped("results"), self.progress
+            self.plan_results(exclude), output or _new_archive("results"), self.progress
         )
 
     def find_results(
@@ -2851,7 +2917,7 @@ def create_training_archive(args: argparse.Namespace, console: Console) -> Outco
     sha256sum -c training.sha256, or use extract-archive.
     """
     plan = agreed_training_plan(args, console)
-    output = args.output or timestamped("training_data")
+    output = args.output or _new_archive("training_data")
     if args.dry_run:
         return plan_outcome(plan, output)
     result = create_archive(plan, output, console.progress())
@@ -2930,7 +2996,7 @@ def create_results_archive(args: argparse.Namespace, console: Console) -> Outcom
     Run it where the training ran. A log that grows meanwhile is packed as it was at the start.
     """
     plan = plan_results(args.workspace, args.exclude)
-    output = args.output or timestamped("results")
+    output = args.output or _new_archive("results")
     if args.dry_run:
         return plan_outcome(plan, output)
     result = create_archive(plan, output, console.progress())
@@ -3206,14 +3272,10 @@ def _upload_outcome(result: TransferResult, settings: SSHSettings, method: str) 
     folder, name = posixpath.split(result.target)
     if not name.endswith(ARCHIVE_SUFFIXES):
         return Outcome(result, _transfer_rows(result))
-    unpack = f"tar -xzf {shlex.quote('./' + name)} && sha256sum -c {TRAINING_MANIFEST}"
-    following = "python3 full_pipeline.py --skip-prepare" if result.extracted else unpack
-    following = f"cd {shlex.quote(folder or '.')} && {following}"
-    if method != "local":
-        login = f"{settings.user}@{settings.host}" if settings.user else settings.host
-        port = f"-p {settings.port} " if settings.port else ""
-        key = f"-i {shlex.quote(settings.identity)} " if settings.identity else ""
-        following = f"ssh {port}{key}{login} {shlex.quote(following)}"
+    following = unpacking_command(result.target, settings, method)
+    if result.extracted:
+        train = f"cd {shlex.quote(folder or '.')} && python3 full_pipeline.py --skip-prepare"
+        following = command_there(train, settings, method)
     return Outcome(result, _transfer_rows(result), next_command=following)
 
 

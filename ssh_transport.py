@@ -702,17 +702,25 @@ class SSHStore(Store):
             )
 
     def unpack(self, archive: str) -> None:
-        # tar's verbose list ends with the last member: our manifest.
         folder, name = posixpath.split(archive)
-        unpack = f"tar --no-same-owner -xzvf {quoted('./' + name)}"
-        self.command(
-            f"cd {quoted(folder or '.')} || exit; LC_ALL=C; export LC_ALL\n"
+        self.command(self._unpacking(folder or ".", name), f"unpack {printable(archive)}")
+
+    def _unpacking(self, folder: str, name: str) -> str:
+        """A script: unpack into a hidden folder, compare the manifest, and only then move all.
+
+        tar's verbose list ends with the last member: our manifest.
+        """
+        unpack = f"tar --no-same-owner -xzvf {quoted('../' + name)}"
+        return (
+            f"cd {quoted(folder)} || exit; LC_ALL=C; export LC_ALL\n"
+            'new=$(mktemp -d ./.cloud_services-unpack.XXXXXX) && cd "$new" || exit\n'
+            "trap 'cd .. && rm -rf \"$new\"' EXIT; trap 'exit 1' HUP INT TERM\n"
             f"last=$({{ {unpack} || echo FAILED; }} | tail -n 1)\n"
             'case "$last" in (*.sha256) ;; (FAILED) exit 1;;'
             ' (*) echo "no manifest in it" >&2; exit 1;; esac\n'
             "check=sha256sum; command -v $check >/dev/null || check='shasum -a 256'\n"
-            '$check -c "./$last" >/dev/null',
-            f"unpack {printable(archive)}",
+            '$check -c "./$last" >/dev/null || exit\n'
+            + self.connection.by_python(MOVE_UP, ".", MOVE_UP_WITHOUT_PYTHON)
         )
 
     def command(self, script: str, purpose: str) -> bytes:
@@ -729,6 +737,7 @@ class SSHStore(Store):
 SHELL_ERRORS: dict[str, type[CloudError]] = {
     "No space left": DiskFullError,
     "quota exceeded": DiskFullError,
+    "Wrote only": DiskFullError,  # tar, of a file that did not fit
     "Permission denied": AccessError,
     "Read-only file system": AccessError,
     "WARNING: ": IntegrityError,  # sha256sum -c: computed checksums did NOT match
@@ -782,6 +791,24 @@ with open(sys.argv[1], "rb") as file:
         print(hashlib.sha256(data).hexdigest())
 """
 """Hashes each segment of a file."""
+
+
+MOVE_UP = """
+import os, sys
+for folder, folders, files in os.walk(sys.argv[1]):
+    there = os.path.join("..", folder)
+    os.makedirs(there, exist_ok=True)
+    links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+    for name in files + links:
+        os.replace(os.path.join(folder, name), os.path.join(there, name))
+"""
+"""Moves a tree into the folder above, file by file."""
+
+MOVE_UP_WITHOUT_PYTHON = (
+    "find . -type d -exec sh -c 'cd .. && mkdir -p \"$@\"' sh {} + &&"
+    " find . ! -type d -exec"
+    ' sh -c \'for f; do mv -f "$f" "../$f" || exit; done\' sh {} +'
+)
 
 
 class _CommandCheck:
@@ -1064,6 +1091,20 @@ class SFTPStore(SSHStore):
         if self.info(target) is not None:  # plain SFTP renames onto nothing only
             control.ask(SFTP.REMOVE, control.string(target), SFTP.STATUS, target)
         control.ask(SFTP.RENAME, names, SFTP.STATUS, target)
+
+    def rename_new(self, part: str, target: str) -> bool:
+        if self.info(target) is not None:
+            return False
+        names = self.control.string(part) + self.control.string(target)
+        try:  # plain SFTP renames onto nothing only
+            self.control.ask(SFTP.RENAME, names, SFTP.STATUS, target)
+        except LinkLostError:
+            raise
+        except CloudError:
+            if self.info(target) is None:
+                raise
+            return False
+        return True
 
 
 class SFTP:
@@ -1483,6 +1524,15 @@ class ShellStore(SSHStore):
 
     def replace(self, part: str, target: str) -> None:
         self.command(f"mv -f {quoted(part)} {quoted(target)}", f"rename to {printable(target)}")
+
+    def rename_new(self, part: str, target: str) -> bool:
+        old, new = quoted(part), quoted(target)
+        said = self.command(
+            f"if ln {old} {new} 2>/dev/null; then rm -f {old};"
+            f" elif [ -e {new} ] || [ -h {new} ]; then echo taken; else mv {old} {new}; fi",
+            f"rename to {printable(target)}",
+        )
+        return said.strip() != b"taken"
 
     def scp_client(self) -> Any:
         """A client of the old scp protocol on this connection."""

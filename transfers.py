@@ -12,6 +12,7 @@ import contextlib
 import fnmatch
 import glob
 import hashlib
+import logging
 import os
 import posixpath
 import queue
@@ -29,6 +30,7 @@ from cloud_services import (
     METHODS,
     SAME_COMMAND,
     SEGMENT_BYTES,
+    AccessError,
     Advance,
     CloudError,
     DiskFullError,
@@ -40,6 +42,7 @@ from cloud_services import (
     T,
     TransferError,
     UsageError,
+    a_second_later,
     extract_archive,
     file_sha256,
     free_space,
@@ -62,6 +65,8 @@ from cloud_services import (
     write_out,
 )
 from cloud_settings import SSHSettings
+
+log = logging.getLogger("cloud_services")
 
 # ── stores and lanes: where segments can be put and got ──────────────────────────────────────────
 
@@ -198,8 +203,15 @@ class Store(ABC):
         """Rename `part` to `target`, replacing what was there."""
 
     @abstractmethod
+    def rename_new(self, part: str, target: str) -> bool:
+        """Rename `part` to `target` unless something is there; whether it was renamed."""
+
+    @abstractmethod
     def unpack(self, archive: str) -> None:
-        """Unpack a .tar.gz next to where it is, and compare its manifest."""
+        """Unpack a .tar.gz next to where it is, and compare its manifest.
+
+        A file that is replaced stays as it was until its replacement is verified.
+        """
 
     def require_unpacking(self) -> None:
         """Raise AccessError when `unpack` cannot work here."""
@@ -275,6 +287,17 @@ class LocalStore(Store):
     def replace(self, part: str, target: str) -> None:
         with local_errors(target):
             os.replace(part, target)
+
+    def rename_new(self, part: str, target: str) -> bool:
+        with local_errors(target):
+            try:
+                os.link(part, target)
+                os.unlink(part)
+            except OSError:  # there is one, or the file system knows no links
+                if os.path.lexists(target):
+                    return False
+                os.rename(part, target)
+        return True
 
     def unpack(self, archive: str) -> None:
         extract_archive(archive, posixpath.dirname(archive) or ".")
@@ -868,10 +891,21 @@ def _check_fetched(
     return "its size only: the server runs no commands, and the file has no manifest"
 
 
+class Delivered(NamedTuple):
+    """Where a file arrived, and how."""
+
+    path: str
+    moved: Moved
+
+
 def deliver(
-    store: Store, source: Source, target: str, progress: Progress, send: Sender = send_segments
-) -> Moved:
-    """Bring `source` to the path `target` of the store: .part, content check, rename."""
+    store: Store, source: Source, target: str, progress: Progress, send: Sender = send_segments,
+    keep_old: bool = False,
+) -> Delivered:  # fmt: skip
+    """Bring `source` to the path `target` of the store: .part, content check, rename.
+
+    keep_old: what is at `target` stays; this one's name then has a later time.
+    """
     store.get_ready(store.send_lanes)
     folder = posixpath.dirname(target)
     part = posixpath.join(folder, source.part_name)
@@ -879,7 +913,7 @@ def deliver(
     if existing and existing.is_folder:
         raise UsageError(f"{printable(target)} on {store.name} is a folder")
     if same := _already_there(store, source, existing):
-        return same
+        return Delivered(target, same)
     if not (there and there.is_folder):
         store.make_folder(folder)
         free = store.free_bytes(folder)
@@ -900,8 +934,16 @@ def deliver(
                 "free some space there, then " + SAME_COMMAND,
             ) from error
         raise
-    store.replace(part, target)
-    return moved
+    return Delivered(_rename(store, part, target, keep_old), moved)
+
+
+def _rename(store: Store, part: str, target: str, keep_old: bool) -> str:
+    if not keep_old:
+        store.replace(part, target)
+        return target
+    while not store.rename_new(part, target):
+        target = a_second_later(target)
+    return target
 
 
 def _already_there(store: Store, source: Source, existing: FileInfo | None) -> Moved | None:
@@ -962,6 +1004,26 @@ def _already_here(store: Store, remote: FileInfo, target: Path) -> Moved | None:
 
 Sender = Callable[[Store, Source, str, int, Progress], Moved]
 Fetcher = Callable[[Store, FileInfo, Path, Progress], Moved]
+
+
+@contextlib.contextmanager
+def only_run(place: str, target: str) -> Iterator[None]:
+    """Raise RefusedError while another run on this machine writes to `place`."""
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
+    try:
+        lock = make_notes_folder() / f"{digest}.lock"
+        with local_errors(lock):
+            stream = open_for_update(lock)
+    except AccessError as error:
+        log.warning("%s; so a second run at the same time would not be noticed", error)
+        yield
+        return
+    with stream:
+        lock_part(stream, target)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
+import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 import cloud_services
 import transfers
 from benchmarks.link import Link
+from tests.conftest import SCRIPT
 from tests.servers import SSHServer
 from tests.support import (
     MIB,
@@ -116,6 +120,7 @@ def test_a_workspace_is_packed_and_sent_in_one_pass_without_a_local_copy(
     server: SSHServer, tmp_path: Path
 ) -> None:
     workspace(tmp_path, 2 * MIB)
+    (tmp_path / ".cache").mkdir()
     before = sorted(path.name for path in tmp_path.iterdir())
     sent = document(
         cli("--json", "upload-training", *flags(server), "--path", f"{server.storage}/", "--include-ticks",
@@ -580,6 +585,145 @@ def test_a_full_disk_here_is_named_and_keeps_the_old_file(
         assert sha256(old) == before
 
 
+# ── two at once, and names that are taken
+
+
+def test_a_second_upload_of_one_workspace_into_one_folder_is_refused_while_the_first_runs(
+    any_server: SSHServer, tmp_path: Path
+) -> None:
+    workspace(tmp_path, 4 * MIB)
+    words = ["upload-training", *flags(any_server), "--path", any_server.storage]
+    first = start_cli(*words, "--limit-rate", "300K", server=any_server, cwd=tmp_path)
+    wait_for(lambda: parts(any_server.storage) != [])
+    second = cli(*words, "--include-ticks", "--no-ask-ticks", server=any_server, cwd=tmp_path)
+    assert (second.returncode, "another run is writing" in second.stderr) == (10, True)
+    elsewhere = cli(*words[:-1], any_server.storage / "b", server=any_server, cwd=tmp_path)
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    first.kill()
+    first.communicate()
+    done = document(cli("--json", *words, server=any_server, cwd=tmp_path))
+    assert sha256(Path(done["target"])) == done["sha256"]
+
+
+def test_where_nothing_can_be_noted_an_upload_goes_on_with_a_warning(tmp_path: Path) -> None:
+    workspace(tmp_path)
+    (tmp_path / "file").touch()
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "file")}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "upload-training", "--method", "local", "--path", "there"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "a second run at the same time would not be noticed" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["sftp", "no sftp", "no commands", "local", "no links"])
+def test_two_archives_of_the_same_second_both_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    name = "training_data_20261231_235959.tar.gz"
+    monkeypatch.setattr(cloud_services, "timestamped", lambda stem: name)
+    if kind == "no links":
+        monkeypatch.setattr(os, "link", refused_link)
+    with SSHServer(
+        tmp_path / "s", sftp=kind != "no sftp", commands=kind != "no commands"
+    ) as server:
+        monkeypatch.setenv("HOME", str(server.home))
+        sent = []
+        for box in ("one", "two", "three"):
+            root = workspace(tmp_path / box, 10_000)
+            random_file(root / "prepared/features/gold_test.csv", 1000, seed=len(box))
+            uploader = cloud_services.PaperspaceUploader(
+                server.host, str(server.storage), server.user, port=server.port,
+                identity=str(server.identity), workspace=root,
+            )  # fmt: skip
+            method = "local" if kind in ("local", "no links") else "scp"
+            sent.append(uploader.upload_paperspace_training_data(method=method))
+        assert [Path(one.target).name for one in sent] == [
+            name, "training_data_20270101_000000.tar.gz", "training_data_20270101_000001.tar.gz",
+        ]  # fmt: skip
+        assert [sha256(Path(one.target)) for one in sent] == [one.sha256 for one in sent]
+        assert len(list(server.storage.iterdir())) == 3
+
+
+def refused_link(*_: object) -> None:
+    raise PermissionError("made up: this file system knows no links")
+
+
+def test_an_archive_made_in_the_same_second_replaces_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        cloud_services, "timestamped", lambda stem: f"{stem}_20261231_235959.tar.gz"
+    )
+    uploader = cloud_services.PaperspaceUploader(workspace=workspace(tmp_path))
+    made = [uploader.create_paperspace_training_archive().path.name for _ in range(2)]
+    assert made == ["training_data_20261231_235959.tar.gz", "training_data_20270101_000000.tar.gz"]
+
+
+# ── unpacking there
+
+
+@pytest.mark.parametrize("python", [True, False])
+def test_unpacking_there_replaces_files_only_by_verified_ones(tmp_path: Path, python: bool) -> None:
+    tools = ["tar", "gzip", "sha256sum", "find", "mktemp", "mkdir", "mv", "rm", "ln", "tail", "scp"]
+    box = (
+        SSHServer(tmp_path / "box")
+        if python
+        else bare_server(tmp_path, *tools, "df", "stat", "cat", "dd")
+    )
+    workspace(tmp_path, 50_000)
+    with box as server:
+        words = ["upload-training", *flags(server), "--path", server.storage, "--extract"]
+        first = cli(*words, server=server, cwd=tmp_path)
+        assert first.returncode == 0, first.stderr
+        old = server.storage / "workspace/prepared/features/gold_val.csv"
+        before = sha256(old)
+        bad = tmp_path / "bad.tar.gz"
+        write_archive_with_a_wrong_manifest(bad, {"gold_val.csv": b"new", "gold_more.csv": b"more"})
+        broken = cli(*words, "--archive", bad, server=server, cwd=tmp_path)
+        assert (broken.returncode, sha256(old)) == (6, before), broken.stderr
+        assert "hint: send an archive that create-training-archive has made" in broken.stderr
+        assert not (old.parent / "gold_more.csv").exists()
+        random_file(tmp_path / "workspace/prepared/features/gold_val.csv", 70_000, seed=3)
+        again = cli(*words, server=server, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert (
+            old.read_bytes() == (tmp_path / "workspace/prepared/features/gold_val.csv").read_bytes()
+        )
+        assert not list(server.storage.glob(".cloud_services*"))
+
+
+def write_archive_with_a_wrong_manifest(path: Path, files: dict[str, bytes]) -> None:
+    lines = "".join(f"{'0' * 64}  workspace/prepared/features/{name}\n" for name in files)
+    members = {f"workspace/prepared/features/{name}": data for name, data in files.items()}
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in {**members, "training.sha256": lines.encode()}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_unpacking_onto_a_full_disk_leaves_what_was_there(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    workspace(tmp_path, 50_000)
+    words = ["upload-training", *flags(server), "--path", server.storage, "--extract"]
+    with small_disk(server.storage, "24M"):
+        assert cli(*words, server=server, cwd=tmp_path).returncode == 0
+        old = server.storage / "workspace/prepared/features/gold_val.csv"
+        before = sha256(old)
+        for split in ("train", "val", "test"):
+            (tmp_path / f"workspace/prepared/features/gold_{split}.csv").write_bytes(
+                bytes(10 * MIB)
+            )
+        full = cli(*words, server=server, cwd=tmp_path)
+        assert (full.returncode, sha256(old)) == (7, before), full.stderr
+        assert "the archive has arrived, whole. free some space, then: ssh" in full.stderr
+        assert not list(server.storage.glob(".cloud_services*"))
+
+
 class small_disk:  # noqa: N801 - reads as a context, as tmp_path does
     """A tiny file system in a folder; only root can mount one."""
 
@@ -612,5 +756,5 @@ def test_what_was_hashed_ahead_is_neither_lost_nor_counted_twice(
         if patient:
             source._ahead._thread.join()
         store, target = transfers.LocalStore(), str(tmp_path / "there/data.bin")
-        moved = transfers.deliver(store, source, target, cloud_services.Progress())
+        _, moved = transfers.deliver(store, source, target, cloud_services.Progress())
     assert moved.sha256 == sha256(file) == sha256(Path(target))
