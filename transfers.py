@@ -879,13 +879,17 @@ def _check_fetched(
     store: Store, check: ContentCheck, remote: FileInfo, part: Path, digest: str
 ) -> str:
     """Compare a fetched file with the server's, or with its own manifest; say how."""
+    changed = IntegrityError(
+        f"{printable(remote.path)} changed on {store.name} while it was fetched",
+        "run the same command again: it starts anew",
+    )
     if store.can_hash:
         if check.result(remote.size) != digest:
-            raise IntegrityError(
-                f"{printable(remote.path)} changed on {store.name} while it was fetched",
-                "run the same command again: it starts anew",
-            )
+            raise changed
         return check.how
+    now = store.info(remote.path)
+    if now is None or (now.size, now.mtime) != (remote.size, remote.mtime):
+        raise changed
     if remote.path.endswith(ARCHIVE_SUFFIXES) and verify_archive(part).manifest:
         return "the archive's own manifest, as the server runs no commands"
     return "its size only: the server runs no commands, and the file has no manifest"

@@ -585,6 +585,22 @@ def test_a_full_disk_here_is_named_and_keeps_the_old_file(
         assert sha256(old) == before
 
 
+def test_a_file_that_changes_while_it_is_fetched_is_refused_even_where_no_command_runs(
+    tmp_path: Path,
+) -> None:
+    with SSHServer(tmp_path / "s", commands=False) as server:
+        file = random_file(server.storage / "m.ckpt", 3 * SEGMENT)
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+        words = ["download-results", *flags(server), "--path", file, "--local-path", "b"]
+        fetching = start_cli(*words, "--limit-rate", "3M", server=server, cwd=tmp_path)
+        wait_for(lambda: any((tmp_path / "b").glob(".*.journal")))
+        random_file(file, 3 * SEGMENT, seed=2)
+        _, errors = fetching.communicate(timeout=60)
+        assert (fetching.returncode, "changed on" in errors) == (6, True), errors
+        assert cli(*words, server=server, cwd=tmp_path).returncode == 0
+        assert sha256(tmp_path / "b/m.ckpt") == sha256(file)
+
+
 # ── two at once, and names that are taken
 
 
