@@ -126,13 +126,15 @@ class SSHConnection:
     HostKeyError or AccessError when it cannot be made.
     """
 
-    def __init__(self, settings: SSHSettings, jump: SSHConnection | None = None) -> None:
+    def __init__(
+        self, settings: SSHSettings, jump: SSHConnection | None = None, way: tuple[str, ...] = ()
+    ) -> None:
         self.paramiko: Any = load_paramiko()
         logging.getLogger("paramiko").setLevel(logging.CRITICAL)  # its failures reach us as errors
         self.settings = settings
         self.config = ssh_config(settings.host)
         self.hostname: str = self.config["hostname"]
-        self.port = settings.port or int(self.config.get("port", 22))
+        self.port = settings.port or _configured_port("Port", self.config.get("port", "22"))
         self.user: str = settings.user or self.config.get("user") or _local_user()
         self.name = settings.host
         self.limiter = RateLimiter(settings.limit_rate)
@@ -142,6 +144,8 @@ class SSHConnection:
         self.most_waiting = 8 * SEGMENT_BYTES
         """Bytes of requests that one lane has under way."""
         self._jump = jump
+        self._way = (*way, settings.host)
+        """The hosts whose ProxyJump led here, and this one."""
         self._proxy: subprocess.Popen[bytes] | None = None
         self._closed = threading.Event()
         self.make_room: Callable[[], None] = lambda: None
@@ -353,13 +357,23 @@ class SSHConnection:
                 continue
             user, _, host = name.strip().removeprefix("ssh://").rpartition("@")
             host, _, port = host.partition(":") if host.count(":") == 1 else (host, "", "")
+            if jump is None:  # what is reached through another host follows no ProxyJump
+                self._refuse_circle(host)
             settings = self.settings._replace(
                 host=host, user=user or None,
-                port=port_number(port) if port else None, identity=None, host_key=None,
-                passphrase=None,
+                port=_configured_port("ProxyJump", port) if port else None,
+                identity=None, host_key=None, passphrase=None,
             )  # fmt: skip
-            jump = SSHConnection(settings, jump)
+            jump = SSHConnection(settings, jump, self._way)
         return jump
+
+    def _refuse_circle(self, host: str) -> None:
+        if host in self._way:
+            circle = " -> ".join((*self._way, host))
+            raise AccessError(
+                f"ProxyJump in ~/.ssh/config leads in a circle: {printable(circle)}",
+                'put "ProxyJump none" into the block of the host that is reached directly',
+            )
 
     def channel_to(self, hostname: str, port: int) -> paramiko.Channel:
         """A channel that this server connects to another one."""
@@ -534,12 +548,22 @@ def ssh_config(host: str) -> dict[str, Any]:
     """What ~/.ssh/config and the system's ssh_config say about `host`, Include lines followed."""
     paramiko = load_paramiko()
     files = (os.path.expanduser("~/.ssh/config"), "/etc/ssh/ssh_config")
-    text = "\n".join(line for file in files for line in _config_lines(file))
     try:
+        text = "\n".join(line for file in files for line in _config_lines(file))
         found: dict[str, Any] = paramiko.SSHConfig.from_text(text).lookup(host)
-    except paramiko.ConfigParseError as error:
+    except (paramiko.ConfigParseError, ValueError) as error:  # ValueError: shlex, about a quote
         raise AccessError(f"~/.ssh/config cannot be read: {printable(error)}") from error
     return found
+
+
+def _configured_port(setting: str, text: str) -> int:
+    """The port that a setting of ~/.ssh/config names."""
+    try:
+        return port_number(text)
+    except UsageError as error:
+        raise AccessError(
+            f"~/.ssh/config cannot be read: {setting} {printable(text)!r} is no port number"
+        ) from error
 
 
 def _config_lines(path: str, depth: int = 0) -> Iterator[str]:

@@ -113,6 +113,28 @@ def test_a_user_that_is_no_user_is_refused(tmp_path: Path, user: str) -> None:
     assert done.returncode == 2, done.stderr
 
 
+@pytest.mark.parametrize("setting", ["Port abc", "Port 99999", "ProxyJump first:abc"])
+def test_a_port_of_the_configuration_that_is_none_is_named(
+    server: SSHServer, tmp_path: Path, setting: str
+) -> None:
+    write_config(server, f"Host gpu\n  HostName {server.host}\n  {setting}\n")
+    done = listing(server, "--host", "gpu", tmp_path=tmp_path)
+    name, _, value = setting.rpartition(" ")
+    assert done.returncode == 5, done.stderr
+    assert f"error: ~/.ssh/config cannot be read: {name}" in done.stderr
+    assert value.removeprefix("first:") in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_quote_without_an_end_in_the_configuration_is_an_error(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    write_config(server, 'Include "conf.d\n' + host_block(server))
+    done = listing(server, "--host", "gpu", tmp_path=tmp_path)
+    assert done.returncode == 5, done.stderr
+    assert "error: ~/.ssh/config cannot be read: No closing quotation" in done.stderr
+
+
 # ── keys
 
 
@@ -333,6 +355,24 @@ def test_proxy_jump_leads_through_other_servers(server: SSHServer, tmp_path: Pat
         assert done.returncode == 0, done.stderr
         assert "Accepted publickey" in one.log_text
         assert "Accepted publickey" in two.log_text
+
+
+@pytest.mark.parametrize(
+    ("jumps", "circle"),
+    [
+        ("Host *\n  ProxyJump bastion\n", "gpu -> bastion -> bastion"),
+        ("Host gpu\n  ProxyJump a\nHost a\n  ProxyJump b,c\nHost b\n  ProxyJump gpu\n",
+         "gpu -> a -> b -> gpu"),
+    ],
+)  # fmt: skip
+def test_a_proxy_jump_that_leads_to_itself_is_named(
+    server: SSHServer, tmp_path: Path, jumps: str, circle: str
+) -> None:
+    write_config(server, host_block(server) + jumps)
+    done = listing(server, "--host", "gpu", tmp_path=tmp_path)
+    assert done.returncode == 5, done.stderr
+    assert f"leads in a circle: {circle}\n" in done.stderr
+    assert len(done.stderr.splitlines()) == 2
 
 
 def test_an_unknown_jump_host_is_refused_too(server: SSHServer, tmp_path: Path) -> None:
