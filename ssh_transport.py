@@ -507,6 +507,11 @@ def _refused_login(connection: SSHConnection, error: Exception) -> CloudError | 
     refused = isinstance(error, connection.paramiko.AuthenticationException)
     passphrase = connection.settings.passphrase
     unreadable = isinstance(error, (connection.paramiko.SSHException, ValueError))
+    about_file = isinstance(error, OSError) and error.filename is not None
+    if (unreadable or about_file) and not refused and connection.knows_host:
+        for path in connection.identities():
+            if fault := _key_fault(connection, path):
+                return AccessError(f"the key {printable(path)} cannot be used: {fault}", _use(path))
     if (refused or (unreadable and connection.knows_host)) and (locked := connection.locked_key()):
         return AccessError(
             f"the passphrase of {printable(locked)} {'is wrong' if passphrase else 'is needed'}",
@@ -515,9 +520,40 @@ def _refused_login(connection: SSHConnection, error: Exception) -> CloudError | 
     if refused:
         return AccessError(
             f"{connection.name} refuses the login of {connection.user}: no offered key is accepted",
-            f"{_login(connection)}   (add --identity KEY, or install your key with ssh-copy-id)",
+            _install_key(connection),
+        )
+    if "No authentication methods available" in str(error):  # paramiko has no class for it
+        return AccessError(
+            f"{connection.name} wants a key of {connection.user}, and there is none:"
+            " no key file, and none in ssh-agent",
+            _install_key(connection),
         )
     return None
+
+
+def _install_key(connection: SSHConnection) -> str:
+    return f"{_login(connection)}   (add --identity KEY, or install your key with ssh-copy-id)"
+
+
+def _key_fault(connection: SSHConnection, path: str) -> str:
+    """Why no passphrase makes a key file usable; empty: one might, or it needs none."""
+    try:
+        connection.paramiko.PKey.from_path(path)
+    except (connection.paramiko.PasswordRequiredException, TypeError):
+        return ""
+    except OSError as error:
+        return error.strerror or "it cannot be read"
+    except Exception:  # each kind of damage has an error of its own
+        public = path.endswith(".pub")
+        return "it is the public half" if public else "it holds no private key that is known here"
+    return ""
+
+
+def _use(path: str) -> str:
+    """What to do about a key file that cannot be used."""
+    if path.endswith(".pub"):
+        return f"give the private half: --identity {shlex.quote(path.removesuffix('.pub'))}"
+    return "check --identity, or IdentityFile in ~/.ssh/config"
 
 
 def _unreachable(connection: SSHConnection, error: Exception) -> CloudError:
@@ -605,18 +641,27 @@ class KnownHosts:
 
     def _read(self, file: Path) -> None:
         hosts = self._connection.paramiko.hostkeys
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(file, encoding="utf-8", errors="replace") as lines,
-        ):
-            for line in lines:
-                if line.startswith("@revoked"):
-                    self._revoked += line.split()[2:4]
-                    continue
-                with contextlib.suppress(Exception):  # ssh skips malformed lines, too
-                    entry = hosts.HostKeyEntry.from_line(line)
-                    if entry and self._names_us(entry.hostnames):
-                        self._known.append(entry.key)
+        for line in self._lines(file):
+            if line.startswith("@revoked"):
+                self._revoked += line.split()[2:4]
+                continue
+            with contextlib.suppress(Exception):  # ssh skips malformed lines, too
+                entry = hosts.HostKeyEntry.from_line(line)
+                if entry and self._names_us(entry.hostnames):
+                    self._known.append(entry.key)
+
+    @staticmethod
+    def _lines(file: Path) -> list[str]:
+        try:
+            with open(file, encoding="utf-8", errors="replace") as lines:
+                return list(lines)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise AccessError(
+                f"the known host keys in {printable(file)} cannot be read: {error.strerror}",
+                f"ls -ld {shlex.quote(str(file))}",
+            ) from error
 
     def _names_us(self, patterns: list[str]) -> bool:
         hash_host = self._connection.paramiko.HostKeys.hash_host

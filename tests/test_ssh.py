@@ -231,6 +231,49 @@ def test_a_missing_key_file_is_named(server: SSHServer, tmp_path: Path) -> None:
     assert "no-such-key does not exist" in done.stderr
 
 
+def test_a_login_without_any_key_is_no_matter_of_trying_again(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    login = ["--host", server.host, "--port", server.port, "--user", server.user]
+    done = listing(server, *login, tmp_path=tmp_path)
+    assert done.returncode == 5, done.stderr
+    assert f"wants a key of {server.user}, and there is none" in done.stderr
+    assert "add --identity KEY, or install your key with ssh-copy-id" in done.stderr
+
+
+def test_the_public_half_of_a_key_is_named_as_such(server: SSHServer, tmp_path: Path) -> None:
+    public = f"{server.identity}.pub"
+    done = listing(server, *locked_flags(server, Path(public)), tmp_path=tmp_path)
+    assert done.returncode == 5, done.stderr
+    assert f"the key {public} cannot be used: it is the public half" in done.stderr
+    assert f"hint: give the private half: --identity {server.identity}\n" in done.stderr
+
+
+DAMAGED = "-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n-----END OPENSSH PRIVATE KEY-----\n"
+
+
+@pytest.mark.parametrize("passphrase", ["", "needless"])
+@pytest.mark.parametrize("content", [b"", b"hello\n", bytes(range(256)), DAMAGED.encode()])
+def test_a_file_that_is_no_private_key_is_named(
+    server: SSHServer, tmp_path: Path, content: bytes, passphrase: str
+) -> None:
+    (tmp_path / "junk").write_bytes(content)
+    env = {**server.environment, "PAPERSPACE_PASSPHRASE": passphrase}
+    done = listing(server, *locked_flags(server, tmp_path / "junk"), tmp_path=tmp_path, env=env)
+    assert done.returncode == 5, done.stderr
+    assert f"the key {tmp_path}/junk cannot be used: it holds no private key" in done.stderr
+
+
+def test_a_file_that_is_no_private_key_does_no_harm_beside_an_agent(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    with ssh_agent(server.identity) as address:
+        env = {**server.environment, "SSH_AUTH_SOCK": address}
+        public = locked_flags(server, Path(f"{server.identity}.pub"))
+        done = listing(server, *public, tmp_path=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+
+
 def test_settings_hide_the_passphrase() -> None:
     settings = SSHSettings(passphrase="hunter2")
     assert "hunter2" not in repr(settings)
@@ -312,6 +355,14 @@ def test_known_hosts_is_read_in_all_its_forms(server: SSHServer, tmp_path: Path,
             f"garbage\n\n# note\nother,[127.0.0.1]:{server.port} {key} comment\n"
         )
     assert listing(server, *flags(server), tmp_path=tmp_path).returncode == 0
+
+
+def test_known_hosts_that_cannot_be_read_is_named(server: SSHServer, tmp_path: Path) -> None:
+    server.known_hosts.unlink()
+    server.known_hosts.mkdir()
+    done = listing(server, *flags(server), tmp_path=tmp_path)
+    assert done.returncode == 5, done.stderr
+    assert f"{server.known_hosts} cannot be read: Is a directory" in done.stderr
 
 
 def test_a_revoked_key_is_refused(server: SSHServer, tmp_path: Path) -> None:
