@@ -826,8 +826,16 @@ SHELL_HINTS: dict[type[CloudError], str] = {
 }
 
 
+KILLED = -1
+"""What paramiko gives for the exit status of a program that a signal ended."""
+
+
 def command_error(name: str, purpose: str, done: Completed) -> CloudError:
     """The error for a command that failed on the server `name`."""
+    if done.status == KILLED and not done.errors:
+        return LinkLostError(
+            f"lost {name}: the program to {purpose} was killed there", SAME_COMMAND
+        )
     kinds = (kind for text, kind in SHELL_ERRORS.items() if text in done.errors)
     kind = next(kinds, TransferError)
     why = done.errors or f"status {done.status}"

@@ -18,7 +18,7 @@ from cloud_settings import SSHSettings
 from ssh_streams import SERVE, START, STORE, WINDOW_BYTES, StreamLane
 from ssh_transport import STREAMED_BYTES, SFTPStore, connect
 from tests.servers import SSHServer
-from tests.support import MIB, cli, flags, parts, random_file, sha256
+from tests.support import MIB, cli, flags, parts, random_file, sha256, start_cli, wait_for
 from transfers import Segment, Span, spans
 
 LARGE = STREAMED_BYTES + 3 * SEGMENT_BYTES + 5
@@ -162,29 +162,61 @@ def test_more_than_the_window_comes_without_a_stall(server: SSHServer, store: SF
     assert bytes(sink.content) == path.read_bytes()
 
 
-class Pausing(Received):
-    """A sink that stops the program on the server once it has something."""
+def signal_programs(server: SSHServer, sort: signal.Signals) -> None:
+    """Send a signal to the programs that content goes through."""
+    for pid in server.sessions():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            if b"F_SETPIPE_SZ" in Path("/proc", str(pid), "cmdline").read_bytes():
+                os.kill(pid, sort)
 
-    def __init__(self, server: SSHServer) -> None:
+
+class Disturbing(Received):
+    """A sink that sends a signal to the program on the server once it has something."""
+
+    def __init__(self, server: SSHServer, sort: signal.Signals) -> None:
         super().__init__()
-        self._server = server
+        self._server, self._sort = server, sort
 
     def arrived(self, index: int) -> None:
         super().arrived(index)
-        for pid in self._server.sessions():
-            if b"F_SETPIPE_SZ" in Path("/proc", str(pid), "cmdline").read_bytes():
-                os.kill(pid, signal.SIGSTOP)
+        signal_programs(self._server, self._sort)
 
 
 @pytest.mark.parametrize("seconds", [2])
 def test_a_program_that_stands_still_is_noticed(server: SSHServer, store: SFTPStore) -> None:
     path = random_file(server.storage / "f", LARGE)
-    sink = Pausing(server)
+    sink = Disturbing(server, signal.SIGSTOP)
     lane = store.lane(str(path), False, LARGE)
     with contextlib.closing(lane), pytest.raises(LinkLostError):
         lane.receive(iter(spans(LARGE)), sink, lambda count: None)
     assert len(sink.segments) >= 1
     assert path.read_bytes().startswith(sink.content)
+
+
+@pytest.mark.parametrize("sort", [signal.SIGTERM, signal.SIGKILL])
+def test_an_upload_whose_program_is_killed_on_the_server_connects_again(
+    server: SSHServer, tmp_path: Path, sort: signal.Signals
+) -> None:
+    file = random_file(tmp_path / "large.bin", LARGE)
+    upload = start_cli("upload-training", *flags(server), "--path", server.storage, "--archive", file,
+                       "--limit-rate", "8M", server=server, cwd=tmp_path)  # fmt: skip
+    wait_for(lambda: any(part.stat().st_size > MIB for part in server.storage.glob(".*.part")))
+    signal_programs(server, sort)
+    _, errors = upload.communicate(timeout=60)
+    assert (upload.returncode, "trying again" in errors) == (0, True), errors
+    assert sha256(server.storage / "large.bin") == sha256(file)
+
+
+def test_a_program_that_is_killed_while_it_serves_counts_as_a_lost_link(
+    server: SSHServer, store: SFTPStore
+) -> None:
+    path = random_file(server.storage / "f", 4 * LARGE)
+    lane = store.lane(str(path), False, LARGE)
+    with (
+        contextlib.closing(lane),
+        pytest.raises(LinkLostError, match="was killed there"),
+    ):
+        lane.receive(iter(spans(4 * LARGE)), Disturbing(server, signal.SIGTERM), lambda count: None)
 
 
 def test_a_file_that_became_shorter_is_an_error_that_says_so(
