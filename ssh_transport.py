@@ -808,6 +808,7 @@ SHELL_ERRORS: dict[str, type[CloudError]] = {
     "quota exceeded": DiskFullError,
     "Wrote only": DiskFullError,  # tar, of a file that did not fit
     "Permission denied": AccessError,
+    "Operation not permitted": AccessError,
     "Read-only file system": AccessError,
     "WARNING: ": IntegrityError,  # sha256sum -c: computed checksums did NOT match
     "FAILED": IntegrityError,
@@ -816,14 +817,21 @@ SHELL_ERRORS: dict[str, type[CloudError]] = {
     "no manifest in it": IntegrityError,
     "gzip: ": IntegrityError,
     "tar: ": IntegrityError,
+    "File exists": UsageError,
 }
 
 SHELL_HINTS: dict[type[CloudError], str] = {
     DiskFullError: "free some space there, then " + SAME_COMMAND,
     AccessError: "choose another --path, or check the rights there",
+    UsageError: "choose another --path",
     IntegrityError: SAME_COMMAND,
     TransferError: SAME_COMMAND,
 }
+
+
+def error_kind(words: str) -> type[CloudError]:
+    """The kind of error that a program on the server speaks of."""
+    return next((kind for text, kind in SHELL_ERRORS.items() if text in words), TransferError)
 
 
 KILLED = -1
@@ -836,8 +844,7 @@ def command_error(name: str, purpose: str, done: Completed) -> CloudError:
         return LinkLostError(
             f"lost {name}: the program to {purpose} was killed there", SAME_COMMAND
         )
-    kinds = (kind for text, kind in SHELL_ERRORS.items() if text in done.errors)
-    kind = next(kinds, TransferError)
+    kind = error_kind(done.errors)
     why = done.errors or f"status {done.status}"
     return kind(f"{name} cannot {purpose}: {why}", SHELL_HINTS.get(kind, ""))
 
@@ -976,6 +983,25 @@ class _GrowingCheck(_CommandCheck):
 
 class NoSFTPError(AccessError):
     """The server has no SFTP subsystem."""
+
+
+class SFTPFailureError(TransferError):
+    """The server failed for a reason that SFTP has no number for."""
+
+
+@contextlib.contextmanager
+def reasons(connection: SSHConnection, script: str, purpose: str) -> Iterator[None]:
+    """Where SFTP fails without a reason, let a shell do the same and say why."""
+    try:
+        yield
+    except SFTPFailureError as error:
+        done = None
+        with contextlib.suppress(CloudError):  # asking must not hide what went wrong
+            if connection.sha256_command:
+                done = connection.run(f"LC_ALL=C; export LC_ALL; {script}")
+        if done is None or done.status <= 0:
+            raise
+        raise command_error(connection.name, purpose, done) from error
 
 
 NEAR_SECONDS = 0.005
@@ -1125,8 +1151,10 @@ class SFTPStore(SSHStore):
         if info is None:
             if above := posixpath.dirname(folder.rstrip("/")):
                 self.make_folder(above)
-            no_attributes = struct.pack(">I", 0)
-            control.ask(SFTP.MKDIR, control.string(folder) + no_attributes, SFTP.STATUS, folder)
+            request = control.string(folder) + struct.pack(">I", 0)  # no attributes
+            purpose = f"make the folder {printable(folder)}"
+            with reasons(self.connection, f"mkdir -p {quoted(folder)}", purpose):
+                control.ask(SFTP.MKDIR, request, SFTP.STATUS, folder)
         elif not info.is_folder:
             raise UsageError(
                 f"{printable(folder)} on {self.name} is not a folder", "choose another --path"
@@ -1190,7 +1218,7 @@ class SFTP:
     INIT, VERSION, OPEN, CLOSE, READ, WRITE = 1, 2, 3, 4, 5, 6
     SETSTAT, OPENDIR, READDIR, REMOVE, MKDIR, STAT, RENAME = 9, 11, 12, 13, 14, 17, 18
     STATUS, HANDLE, DATA, NAME, ATTRS, EXTENDED, EXTENDED_REPLY = 101, 102, 103, 104, 105, 200, 201
-    EOF, NO_SUCH_FILE, PERMISSION_DENIED = 1, 2, 3
+    EOF, NO_SUCH_FILE, PERMISSION_DENIED, FAILURE = 1, 2, 3, 4
     OPEN_READ, OPEN_WRITE_CREATE = 0x01, 0x02 | 0x08
     ATTR_SIZE, ATTR_OWNER, ATTR_MODE, ATTR_TIMES = 0x01, 0x02, 0x04, 0x08
 
@@ -1406,7 +1434,8 @@ class _SFTPChannel:
             return AccessError(
                 f"{shown}: permission denied", "choose another --path, or check the rights there"
             )
-        return TransferError(f"{shown}: the server answers: {text}", SAME_COMMAND)
+        kind = SFTPFailureError if status == SFTP.FAILURE else TransferError
+        return kind(f"{shown}: the server answers: {text}", SAME_COMMAND)
 
     def forget(self, kind: int, payload: bytes) -> None:
         """Send a request whose answer changes nothing."""
@@ -1453,7 +1482,9 @@ class _SFTPLane:
         self._limiter = channel.connection.limiter
         flags = SFTP.OPEN_WRITE_CREATE if writing else SFTP.OPEN_READ
         request = channel.string(path) + struct.pack(">II", flags, 0)
-        self._handle = channel.ask(SFTP.OPEN, request, SFTP.HANDLE, path).rest()
+        there, purpose = quoted(path), f"{'write' if writing else 'read'} {printable(path)}"
+        with reasons(channel.connection, f": {'>>' if writing else '<'} {there}", purpose):
+            self._handle = channel.ask(SFTP.OPEN, request, SFTP.HANDLE, path).rest()
 
     def send(
         self, segments: Iterable[Segment], arrived: Callable[[int], None], advance: Advance
@@ -1684,8 +1715,8 @@ def scp_errors(store: ShellStore, path: str) -> Iterator[None]:
         yield
     except scp.SCPException as error:
         message = f"scp cannot write {printable(path)} on {store.name}: {printable(error)}"
-        kind = next((k for text, k in SHELL_ERRORS.items() if text in str(error)), TransferError)
-        raise kind(message, SAME_COMMAND) from error
+        kind = error_kind(str(error))
+        raise kind(message, SHELL_HINTS.get(kind, "")) from error
 
 
 def connect(settings: SSHSettings, purpose: Purpose = "look") -> Store:
@@ -1854,9 +1885,8 @@ def _rsync_error(store: SSHStore, status: int, errors: str) -> CloudError:
         return MissingPackageError(
             f"rsync is not installed on {store.name}", "install it there, or use --method scp"
         )
-    for text, kind in SHELL_ERRORS.items():
-        if text in errors:
-            return kind(f"rsync: {errors}", SAME_COMMAND)
+    if (kind := error_kind(errors)) is not TransferError:
+        return kind(f"rsync: {errors}", SHELL_HINTS.get(kind, ""))
     if status in (10, 12, 30, 35, 255):
         return LinkLostError(
             f"rsync lost {store.name}: {errors or f'status {status}'}", SAME_COMMAND

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import transfers
+from cloud_services import AccessError, CloudError, DiskFullError, TransferError
+from ssh_transport import error_kind
 from tests.servers import SSHServer, require
 from tests.support import (
     MIB,
@@ -186,3 +188,15 @@ def test_a_missing_remote_file_is_exit_4(server: SSHServer, tmp_path: Path) -> N
     done = cli("download-results", *flags(server), "--method", "rsync", "--path", server.storage / "no.tar.gz",
                server=server, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ('rsync: [receiver] open "f" failed: Operation not permitted (1)', AccessError),
+        ("rsync: write failed: Disk quota exceeded (122)", DiskFullError),
+        ("rsync error: error in rsync protocol data stream (code 12)", TransferError),
+    ],
+)
+def test_the_words_of_rsync_decide_the_kind_of_error(words: str, kind: type[CloudError]) -> None:
+    assert error_kind(words) is kind

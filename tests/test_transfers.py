@@ -18,7 +18,7 @@ import cloud_services
 import transfers
 from benchmarks.link import Link
 from tests.conftest import SCRIPT
-from tests.servers import SSHServer
+from tests.servers import SSHServer, require
 from tests.support import (
     MIB,
     bare_server,
@@ -568,6 +568,47 @@ def test_a_full_disk_on_the_server_is_named_and_keeps_the_old_file(tmp_path: Pat
         assert unknown.returncode == 7, unknown.stderr
         assert "full" in unknown.stderr
         assert sha256(old) == before
+
+
+@pytest.mark.parametrize("method", ["scp", "rsync"])
+@pytest.mark.parametrize("below", ["", "new"])
+def test_a_read_only_file_system_on_the_server_is_no_matter_of_trying_again(
+    server: SSHServer, tmp_path: Path, method: str, below: str
+) -> None:
+    require("rsync")
+    file = random_file(tmp_path / "data.bin", 1000)
+    with small_disk(server.storage, "24M,ro"):
+        sent = cli("upload-training", *flags(server), "--method", method, "--archive", file,
+                   "--path", server.storage / below, server=server, cwd=tmp_path)  # fmt: skip
+    assert sent.returncode == 5, sent.stderr
+    assert "Read-only file system" in sent.stderr
+    assert "hint: choose another --path, or check the rights there\n" in sent.stderr
+
+
+def test_a_disk_on_the_server_that_takes_no_further_file_is_named(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    file = random_file(tmp_path / "data.bin", 1000)
+    with small_disk(server.storage, "24M,nr_inodes=1"):
+        sent = cli("upload-training", *flags(server), "--path", server.storage, "--archive", file,
+                   server=server, cwd=tmp_path)  # fmt: skip
+    assert sent.returncode == 7, sent.stderr
+    assert "No space left" in sent.stderr
+    assert "hint: free some space there" in sent.stderr
+
+
+@pytest.mark.parametrize(
+    ("commands", "code", "why"), [(True, 2, "File exists"), (False, 7, "answers: Failure")]
+)
+def test_a_shell_tells_what_sftp_leaves_out(
+    tmp_path: Path, commands: bool, code: int, why: str
+) -> None:
+    file = random_file(tmp_path / "data.bin", 1000)
+    with SSHServer(tmp_path / "server", commands=commands) as server:
+        (server.storage / "in").symlink_to("nowhere")
+        sent = cli("upload-training", *flags(server), "--path", server.storage / "in",
+                   "--archive", file, server=server, cwd=tmp_path)  # fmt: skip
+    assert (sent.returncode, why in sent.stderr) == (code, True), sent.stderr
 
 
 def test_a_full_disk_here_is_named_and_keeps_the_old_file(
