@@ -1774,7 +1774,9 @@ def rsync_fetch(store: Store, remote: FileInfo, part: Path, progress: Progress) 
     check = store.check(remote.path)
     progress.begin("fetching", remote.size)
     try:
-        with open_for_update(part) as stream:
+        with local_errors(part):
+            stream = open_for_update(part)
+        with stream:
             lock_part(stream, part)
             origin, destination = _remote_argument(store, remote.path), _local_argument(part)
             moved = _run_rsync(store, origin, destination, progress)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import transfers
-from cloud_services import AccessError, CloudError, DiskFullError, TransferError
+from cloud_services import AccessError, CloudError, DiskFullError, TransferError, part_name
 from ssh_transport import error_kind
 from tests.servers import SSHServer, require
 from tests.support import (
@@ -200,3 +200,25 @@ def test_a_missing_remote_file_is_exit_4(server: SSHServer, tmp_path: Path) -> N
 )
 def test_the_words_of_rsync_decide_the_kind_of_error(words: str, kind: type[CloudError]) -> None:
     assert error_kind(words) is kind
+
+
+def test_a_folder_here_that_takes_no_file_is_named(server: SSHServer, tmp_path: Path) -> None:
+    empty = random_file(server.storage / "empty.bin", 0)
+    nowhere = "/sys"  # not even root makes a file there
+    done = cli("download-results", *flags(server), "--method", "rsync", "--path", empty,
+               "--local-path", nowhere, server=server, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 5, done.stderr
+    assert f"error: {nowhere}/" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_folder_where_the_unfinished_file_should_be_is_named(
+    server: SSHServer, tmp_path: Path
+) -> None:
+    file = random_file(server.storage / "r.bin", 1000)
+    part = tmp_path / "back" / part_name("r.bin")
+    part.mkdir(parents=True)
+    done = cli("download-results", *flags(server), "--method", "rsync", "--path", file,
+               "--local-path", part.parent, server=server, cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == f"error: {part}: is a folder\n"
