@@ -881,10 +881,12 @@ def create_archive(
 ) -> ArchiveResult:
     """Pack `plan` into the .tar.gz file `output`, which appears complete or not at all.
 
-    Raises IntegrityError when a file changes while it is packed, DiskFullError when the disk fills.
+    Raises UsageError when `output` is one of the files to pack, IntegrityError when one changes
+    while it is packed, DiskFullError when the disk fills.
     """
     started = time.monotonic()
     output = Path(output)
+    _require_no_input(output, plan)
     if free_space(output.parent) < plan.total_bytes:
         log.warning(
             "%s has less room than the %s to pack: it fits only if they compress well",
@@ -903,6 +905,22 @@ def create_archive(
         output, packed.files, packed.input_bytes, packed.archive_bytes,
         time.monotonic() - started, packed.sha256, plan.manifest, plan.left_out,
     )  # fmt: skip
+
+
+def _require_no_input(output: Path, plan: Plan) -> None:
+    """Raise UsageError when the archive would replace a file that it holds, by whatever name."""
+    try:
+        there = os.stat(output)
+    except OSError:  # nothing is there, or what writes it says what is wrong
+        return
+    near = (file for file in plan.files if file.inode in (0, there.st_ino))  # 0: not known
+    for file in near:
+        with local_errors(file.source):
+            if os.path.samestat(os.stat(file.source), there):
+                raise UsageError(
+                    f"{printable(output)} is one of the files to pack: {printable(file.name)}",
+                    "name another file with --output",
+                )
 
 
 def pack(plan: Plan, write: Callable[[bytes], object], progress: Progress) -> Packed:

@@ -461,6 +461,33 @@ def test_a_folder_as_output_is_a_usage_error(workspace: Path, tmp_path: Path) ->
     assert "--output" in caught.value.hint
 
 
+@pytest.mark.parametrize("how", ["itself", "a symbolic link", "a hard link", "another path"])
+def test_an_output_that_is_one_of_the_files_to_pack_is_refused(
+    workspace: Path, tmp_path: Path, how: str
+) -> None:
+    checkpoint, output = workspace / "models/checkpoints/last.ckpt", tmp_path / "out.tar.gz"
+    if how == "a symbolic link":
+        output.symlink_to(checkpoint)
+    elif how == "a hard link":
+        output.hardlink_to(checkpoint)
+    else:
+        output = checkpoint if how == "itself" else workspace / "raw_data/../models" / TAIL
+    before = tree(tmp_path)
+    with pytest.raises(UsageError, match="is one of the files to pack") as refused:
+        create_archive(plan_results(workspace), output)
+    assert "--output" in refused.value.hint
+    assert tree(tmp_path) == before
+
+
+TAIL = "checkpoints/last.ckpt"
+
+
+def test_a_file_that_is_not_packed_may_be_replaced_by_the_archive(workspace: Path) -> None:
+    output = workspace / "raw_data/ticks/notes.txt"
+    assert create_archive(plan_training(workspace), output)
+    assert output.read_bytes().startswith(b"\x1f\x8b")
+
+
 def test_an_output_below_a_file_is_a_clear_error(workspace: Path, tmp_path: Path) -> None:
     write_file(tmp_path / "file")
     for output in ("file/out.tar.gz", "file/deeper/out.tar.gz"):
