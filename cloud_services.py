@@ -1705,7 +1705,8 @@ class PaperspaceUploader(_Paperspace):
     ) -> ArchiveResult:  # fmt: skip
         """Pack the training data into `output` (default: training_data_YYYYMMDD_HHMMSS.tar.gz)."""
         plan = self.plan_training(include_ticks, include_cache, exclude)
-        return create_archive(plan, output or _new_archive("training_data"), self.progress)
+        name = _new_archive("training_data") if output is None else output
+        return create_archive(plan, name, self.progress)
 
     def upload_paperspace_training_data(
         self, archive: str | Path | Plan | None = None, method: str = "scp", extract: bool = False
@@ -1836,9 +1837,8 @@ class PaperspaceDownloader(_Paperspace):
         self, output: str | Path | None = None, exclude: Sequence[str] = ()
     ) -> ArchiveResult:
         """Pack the results into `output` (default: results_YYYYMMDD_HHMMSS.tar.gz)."""
-        return create_archive(
-            self.plan_results(exclude), output or _new_archive("results"), self.progress
-        )
+        name = _new_archive("results") if output is None else output
+        return create_archive(self.plan_results(exclude), name, self.progress)
 
     def find_results(
         self, remote: str, method: str = "scp", newest: bool = False
@@ -2472,6 +2472,25 @@ class S3Sync:
 # ── command machinery ────────────────────────────────────────────────────────────────────────────
 
 
+def checked(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """An argparse type whose UsageError becomes argparse's message."""
+
+    def convert(text: str) -> T:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+def path_text(text: str) -> str:
+    """A path; UsageError for none, as an unset variable of a shell gives it."""
+    if not text:
+        raise UsageError("the path is empty; is a variable of the shell not set?")
+    return text
+
+
 class Argument:
     """A command-line argument, declared once: for the parser, the documentation and completion."""
 
@@ -2479,7 +2498,9 @@ class Argument:
         self.flags, self.options = flags, options
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument(*self.flags, **self.options)
+        names_path = self.options.get("metavar") in ("ARCHIVE", "DIR", "FILE", "KEY")
+        default = {"type": checked(path_text)} if names_path else {}
+        parser.add_argument(*self.flags, **(default | self.options))
 
 
 Handler = Callable[[argparse.Namespace, "Console"], "Outcome"]
@@ -2783,18 +2804,6 @@ def _dedent(docstring: str) -> str:
     return "\n".join(line.removeprefix("    ") for line in docstring.split("\n"))
 
 
-def checked(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """An argparse type whose UsageError becomes argparse's message."""
-
-    def convert(text: str) -> T:
-        try:
-            return parse(text)
-        except UsageError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return convert
-
-
 def parse_size(text: str) -> int:
     """A size such as 500, 64K, 20M, 1.5G: bytes, in powers of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
@@ -3026,7 +3035,12 @@ def create_results_archive(args: argparse.Namespace, console: Console) -> Outcom
 @command(
     "download-results",
     *CONNECTION,
-    Argument("--path", required=True, help="the file there; a glob fetches every match"),
+    Argument(
+        "--path",
+        type=checked(path_text),
+        required=True,
+        help="the file there; a glob fetches every match",
+    ),
     METHOD,
     Argument("--newest", action="store_true", help="of several matches only the newest"),
     Argument("--local-path", default=".", metavar="DIR", help="the folder here (default: .)"),

@@ -279,6 +279,26 @@ def test_a_wrong_command_line_is_exit_2(call: Run, tmp_path: Path, arguments: li
 @pytest.mark.usefixtures("workspace")
 @pytest.mark.parametrize(
     "arguments",
+    [["upload-training", "--method", "local", "--path", "box", "--archive", ""],
+     ["download-results", "--method", "local", "--path", ""],
+     ["s3-upload-training", "--bucket", "b", "--archive", ""], [CREATE, "-o", ""],
+     [RESULTS, "--workspace="], ["verify-archive", ""], ["extract-archive", "a", "--into", ""],
+     ["list-remote-files", "--identity", ""], ["list-runs", "--logs", ""], ["wandb-sync", ""]],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_path_from_an_unset_variable_is_exit_2_not_the_default(
+    call: Run, tmp_path: Path, arguments: list[str]
+) -> None:
+    before = tree(tmp_path)
+    result = call(*arguments)
+    assert (result.returncode, result.stdout) == (ExitCode.USAGE, "")
+    assert "the path is empty" in result.stderr
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize(
+    "arguments",
     [[CREATE, "--include-t"], [CREATE, "--dry"], [CREATE, "--out", "x"], ["--js", CREATE],
      ["create-training", "-o", "x"], ["extract-archive", "a", "--int", "b"]],
     ids=" ".join,
