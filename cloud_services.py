@@ -51,7 +51,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypeVar, cast
 
 
 class LateModule:
@@ -3425,11 +3425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stopped(how: str, code: ExitCode) -> int:
-    try:
-        print(f"{how}; {SAME_COMMAND}", file=sys.stderr, flush=True)
-    except OSError:  # the terminal is closed
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # for the flush at exit
+    print(f"{how}; {SAME_COMMAND}", file=sys.stderr, flush=True)
     return int(code)
 
 
@@ -3501,6 +3497,35 @@ def _written_out() -> Iterator[None]:
             raise
 
 
+class UnreadStream:
+    """A stream that forgets what cannot be written: that nobody reads it ends no work.
+
+    `lost` is the error of the last time, for whom it matters.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write it, or not."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self.lost = error
+            return len(text)
+
+    def flush(self) -> None:
+        """The interpreter calls it at exit, too, and has an exit code of its own for an error."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self.lost = error
+
+
 def _make_streams_safe() -> None:
     """A closed stream swallows, and one of few letters escapes, what it cannot show."""
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
@@ -3508,6 +3533,8 @@ def _make_streams_safe() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stderr, UnreadStream):
+        sys.stderr = cast("TextIO", UnreadStream(sys.stderr))
 
 
 def _log_to_stderr(console: Console) -> None:

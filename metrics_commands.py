@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import posixpath
 import re
 import sys
@@ -24,6 +23,7 @@ from cloud_services import (
     NotFoundError,
     Outcome,
     PaperspaceDownloader,
+    UnreadStream,
     UsageError,
     checked,
     command,
@@ -226,11 +226,9 @@ def _teller(console: Console) -> Callable[[str], None]:
     """What a tunnel has to say goes to stderr; OSError when nobody reads that any more."""
 
     def tell(text: str) -> None:
-        try:
-            console.note(text)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # for the flush at exit
-            raise
+        console.note(text)
+        if isinstance(sys.stderr, UnreadStream) and sys.stderr.lost:
+            raise sys.stderr.lost
 
     return tell
 

@@ -613,6 +613,42 @@ def test_a_full_disk_behind_stdout_is_an_error_without_a_traceback() -> None:
         assert "the disk is full" in result.stderr
 
 
+TALKATIVE = """if True:
+    import sys
+    import cloud_services
+    cloud_services.LineProgress.INTERVAL_SECONDS = 0.0
+    sys.exit(cloud_services.main())"""
+UPLOAD = ("upload-training", "--method", "local", "--path", "box/t.tar.gz")
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.parametrize("buffering", [(), ("-u",)], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("where", ["a closed pipe", "a full disk"])
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [((CREATE, "-o", "box/t.tar.gz"), 0), (UPLOAD, 0), (("verify-archive", "gone"), 4),
+     (("list-remote-files", "--host", "127.0.0.1", "--port", "1"), 7), (("no-such-command",), 2)],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)  # fmt: skip
+def test_a_stderr_that_nobody_can_read_ends_no_work_and_alters_no_exit_code(
+    tmp_path: Path, command: tuple[str, ...], code: int, where: str, buffering: tuple[str, ...]
+) -> None:
+    unread = os.open("/dev/full", os.O_WRONLY)
+    if where == "a closed pipe":
+        os.close(unread)
+        reading, unread = os.pipe()
+        os.close(reading)
+    done = subprocess.run(
+        [sys.executable, *buffering, "-c", TALKATIVE, *command], stderr=unread,
+        stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, env=project(), check=False,
+    )  # fmt: skip
+    os.close(unread)
+    assert done.returncode == code
+    if code == 0:
+        assert b"sha256" in done.stdout
+        gzip.decompress((tmp_path / "box/t.tar.gz").read_bytes())
+
+
 # ── signals ──────────────────────────────────────────────────────────────────────────────────────
 
 STUCK = """if True:
