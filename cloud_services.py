@@ -9,9 +9,10 @@
 A final file name always means verified content; everything unfinished is a hidden ``.part`` file,
 and the same command continues it.
 
-Exit codes: 0 done · 1 unexpected · 2 usage · 3 missing package or tool · 4 not found ·
-5 credentials, permission or settings · 6 integrity · 7 transfer failed, the same command resumes ·
-8 host key refused · 9 some items failed · 10 refused by a limit or by consent · 130/143 signals.
+Exit codes: 0 done · 1 unexpected, or a result that could not be printed · 2 usage · 3 missing
+package or tool · 4 not found · 5 credentials, permission or settings · 6 integrity · 7 transfer
+failed, the same command resumes · 8 host key refused · 9 some items failed · 10 refused by a limit
+or by consent · 130/143 signals.
 """
 
 from __future__ import annotations
@@ -3442,35 +3443,35 @@ def command_line() -> NoReturn:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    args = None
-    with _written_out():
-        try:
-            words = sys.argv[1:] if argv is None else argv
-            args = build_parser(words).parse_args(words)
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        except ModuleNotFoundError as error:
-            Console(argparse.Namespace(json="--json" in words)).show_error(_lacking(error))
-            return ExitCode.MISSING_PACKAGE
-    if args is None:  # nobody reads --help
-        return ExitCode.DONE
-    console = Console(args)
-    _log_to_stderr(console)
+    words = sys.argv[1:] if argv is None else argv
+    args, console = None, Console(argparse.Namespace(json="--json" in words))
     try:
+        with _written_out():
+            try:
+                args = build_parser(words).parse_args(words)
+            except SystemExit as stop:
+                return int(stop.code or 0)
+        if args is None:  # nobody reads --help
+            return ExitCode.DONE
+        console = Console(args)
+        _log_to_stderr(console)
         outcome = COMMANDS[args.command].loaded().run(args, console)
         with _written_out():
             console.show(outcome)
         return outcome.exit_code
     except ModuleNotFoundError as error:
-        with _written_out():
-            console.show_error(_lacking(error))
-        return ExitCode.MISSING_PACKAGE
+        return _failed(_lacking(error), console)
     except CloudError as error:
-        if "list-remote-files" in error.hint:  # below nobody knows the flags that led there
+        if args and "list-remote-files" in error.hint:  # below nobody knows the flags used there
             error.hint += _given_connection(args)
-        with _written_out():
-            console.show_error(error)
-        return error.exit_code
+        return _failed(error, console)
+
+
+def _failed(error: CloudError, console: Console) -> ExitCode:
+    """Show an error; one about showing it on stdout as well would only hide it."""
+    with contextlib.suppress(CloudError), _written_out():
+        console.show_error(error)
+    return error.exit_code
 
 
 def _lacking(error: ModuleNotFoundError) -> MissingPackageError:
@@ -3488,13 +3489,18 @@ def _lacking(error: ModuleNotFoundError) -> MissingPackageError:
 def _written_out() -> Iterator[None]:
     """Around everything that prints results: a reader who has seen enough is no error."""
     try:
-        with local_errors("standard output"):
-            yield
-            sys.stdout.flush()
-    except (BrokenPipeError, DiskFullError) as error:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        if isinstance(error, CloudError):
+        if isinstance(error, BrokenPipeError):
+            return
+        if error.errno not in LOCAL_ERRORS:
             raise
+        raise CloudError(  # no TransferError: a script would send everything again
+            f"the result could not be printed: {LOCAL_ERRORS[error.errno][1]}",
+            "what the command did is done: only its result is lost",
+        ) from error
 
 
 class UnreadStream:

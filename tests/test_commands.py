@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 CREATE = "create-training-archive"
 RESULTS = "create-results-archive"
+UPLOAD = ("upload-training", "--method", "local", "--path", "box/t.tar.gz")
 ARCHIVE_COMMANDS = (CREATE, RESULTS, "extract-archive", "verify-archive")
 
 
@@ -601,16 +602,33 @@ def test_a_stream_that_is_closed_from_the_start_is_no_error(tmp_path: Path, redi
 
 
 @pytest.mark.usefixtures("workspace")
-def test_a_full_disk_behind_stdout_is_an_error_without_a_traceback() -> None:
-    for buffering in ([], ["-u"]):
-        with Path("/dev/full").open("w") as full:
-            result = subprocess.run(
-                [sys.executable, *buffering, str(SCRIPT), CREATE, "--dry-run"], stdout=full,
-                stderr=subprocess.PIPE, text=True, check=False,
-            )  # fmt: skip
-        assert result.returncode == ExitCode.TRANSFER
-        assert len(result.stderr.splitlines()) <= 2
-        assert "the disk is full" in result.stderr
+@pytest.mark.parametrize("buffering", [(), ("-u",)], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("flags", [["--dry-run"], [], ["--json"], ["--help"]], ids=" ".join)
+def test_a_result_that_cannot_be_printed_is_lost_and_nothing_else(
+    tmp_path: Path, flags: list[str], buffering: tuple[str, ...]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, *buffering, str(SCRIPT), *UPLOAD, *flags], stdout=full,
+            stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    if flags != ["--help"] or not buffering:  # argparse itself forgives an unbuffered one
+        assert result.returncode == ExitCode.UNEXPECTED
+        said, advised = result.stderr.splitlines()
+        assert said == "error: the result could not be printed: the disk is full"
+        assert "is done" in advised
+    if flags in ([], ["--json"]):
+        gzip.decompress((tmp_path / "box/t.tar.gz").read_bytes())
+
+
+def test_an_error_whose_document_cannot_be_printed_is_still_one_clear_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, str(SCRIPT), "verify-archive", "gone", "--json"], stdout=full,
+            stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert result.returncode == ExitCode.NOT_FOUND
+    assert result.stderr == "error: gone: does not exist\n"
 
 
 TALKATIVE = """if True:
@@ -618,7 +636,6 @@ TALKATIVE = """if True:
     import cloud_services
     cloud_services.LineProgress.INTERVAL_SECONDS = 0.0
     sys.exit(cloud_services.main())"""
-UPLOAD = ("upload-training", "--method", "local", "--path", "box/t.tar.gz")
 
 
 @pytest.mark.usefixtures("workspace")
