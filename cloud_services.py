@@ -310,7 +310,12 @@ def dotenv_settings() -> dict[str, str]:
     """The variables of `.env` in the current folder: parsed, never sourced, never exported."""
     if not Path(".env").is_file():
         return {}
-    values = need("dotenv", "python-dotenv").dotenv_values(".env", interpolate=False)
+    read = need("dotenv", "python-dotenv").dotenv_values
+    try:
+        with local_errors(".env"):
+            values = read(".env", interpolate=False, encoding="utf-8-sig")  # Windows puts a mark
+    except UnicodeDecodeError as error:
+        raise AccessError("the file .env is no text in UTF-8", "save it as UTF-8") from error
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import ssh_transport
+from cloud_services import AccessError, ExitCode
 from cloud_settings import SSHSettings
+from tests.conftest import Run
 from tests.servers import SSHServer, free_port, make_key, public_key, ssh_agent
 from tests.support import TOOL, cli, flags
 
@@ -74,6 +76,32 @@ def test_settings_come_from_flag_then_environment_then_dotenv(
     wrong = cli("list-remote-files", "--path", "/nowhere/at/all", cwd=tmp_path, env=env)
     assert wrong.returncode == 4
     assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("encoding", ["cp1251", "utf-16"])
+def test_a_dotenv_in_another_encoding_is_an_error_that_names_it(
+    run: Run, tmp_path: Path, encoding: str
+) -> None:
+    (tmp_path / ".env").write_text("# сервер\nPAPERSPACE_HOST=gpu\n", encoding=encoding)
+    for command in (
+        ["list-remote-files"],
+        ["s3-resume"],
+        ["hf-download-ticks", "--repo-id", "a/b"],
+    ):
+        done = run(*command)
+        assert done.returncode == ExitCode.ACCESS
+        assert done.stderr == "error: the file .env is no text in UTF-8\nhint: save it as UTF-8\n"
+
+
+def test_a_dotenv_that_begins_with_a_byte_order_mark_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PAPERSPACE_HOST=gpu\n", encoding="utf-8-sig")
+    assert SSHSettings.resolve().host == "gpu"
+
+
+def test_a_dotenv_that_may_not_be_read_is_an_error_that_names_it(plain_user: Path) -> None:
+    (plain_user / ".env").touch(mode=0)
+    with pytest.raises(AccessError, match=r"^\.env: permission denied$"):
+        SSHSettings.resolve()
 
 
 @pytest.mark.parametrize(("condition", "holds"), [("true", True), ("false", False)])
