@@ -412,6 +412,13 @@ def part_name(name: str, key: str = "") -> str:
     return f".{stem}.{digest}.part"
 
 
+def possible_path(path: str | os.PathLike[str]) -> str:
+    """`path` as text; UsageError for what no path can be."""
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
+        raise UsageError(f"{printable(path)!r} cannot be a path")
+    return os.fspath(path)
+
+
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[IO[bytes]]:
     """A file that appears as `target` only when the block ends well; an old one stays till then."""
@@ -891,7 +898,7 @@ def create_archive(
     while it is packed, DiskFullError when the disk fills.
     """
     started = time.monotonic()
-    output = Path(output)
+    output = Path(possible_path(output))
     _require_no_input(output, plan)
     if free_space(output.parent) < plan.total_bytes:
         log.warning(
@@ -1637,8 +1644,9 @@ class _Paperspace:
     """What uploads and downloads share: the settings, the workspace, and the remote listing."""
 
     def __init__(
-        self, host: str | None = None, path: str | None = None, user: str | None = None, *,
-        workspace: str | Path = "workspace", progress: Progress | None = None, **settings: Any,
+        self, host: str | None = None, path: str | os.PathLike[str] | None = None,
+        user: str | None = None, *, workspace: str | Path = "workspace",
+        progress: Progress | None = None, **settings: Any,
     ) -> None:  # fmt: skip
         """Nothing is connected yet.
 
@@ -1652,7 +1660,9 @@ class _Paperspace:
         self.workspace = Path(workspace)
         self.progress = progress or Progress()
 
-    def list_paperspace_files(self, path: str | None = None, method: str = "scp") -> list[FileInfo]:
+    def list_paperspace_files(
+        self, path: str | os.PathLike[str] | None = None, method: str = "scp"
+    ) -> list[FileInfo]:
         """The files at `path`: a folder's content, one file, or what a glob matches.
 
         Raises NotFoundError when there is nothing.
@@ -1669,10 +1679,9 @@ class _Paperspace:
         return contextlib.closing(_Session(lambda: open_store(self.settings, method, purpose)))
 
     @staticmethod
-    def _remote_path(path: str, method: str) -> str:
+    def _remote_path(path: str | os.PathLike[str], method: str) -> str:
         """`~` means the home folder there, where SFTP and scp start anyway."""
-        if "\0" in path:
-            raise UsageError("a path cannot hold a NUL byte")
+        path = possible_path(path)
         if method == "local":
             return os.path.expanduser(path)
         return (
@@ -1761,7 +1770,7 @@ class PaperspaceUploader(_Paperspace):
         from transfers import FileSource, PackSource
 
         if not isinstance(archive, Plan):
-            file_source = FileSource(Path(archive))
+            file_source = FileSource(Path(possible_path(archive)))
             if method == "scp":
                 file_source.hash_ahead(stack)  # while the connection is made
             return file_source
@@ -1847,7 +1856,7 @@ class PaperspaceDownloader(_Paperspace):
         return create_archive(self.plan_results(exclude), name, self.progress)
 
     def find_results(
-        self, remote: str, method: str = "scp", newest: bool = False
+        self, remote: str | os.PathLike[str], method: str = "scp", newest: bool = False
     ) -> list[FileInfo]:
         """The remote files a path or a glob means. Raises NotFoundError when there is none."""
         where = self._remote_path(remote, method)
@@ -1855,7 +1864,7 @@ class PaperspaceDownloader(_Paperspace):
             return session.run(lambda store: self._matches(store, where, newest))
 
     def download_paperspace_results(
-        self, remote: str, local_path: str | Path = ".", method: str = "scp",
+        self, remote: str | os.PathLike[str], local_path: str | Path = ".", method: str = "scp",
         newest: bool = False, extract: bool = False,
     ) -> DownloadResult:  # fmt: skip
         """Fetch a remote file, or every match of a glob, into the folder `local_path`.
@@ -2819,7 +2828,8 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
-def _positive(text: str) -> int:
+def parse_count(text: str) -> int:
+    """How many at once: 1 to 64."""
     if not text.isdecimal() or not 1 <= int(text) <= 64:
         raise UsageError(f"{printable(text)!r} is no number from 1 to 64")
     return int(text)
@@ -2887,7 +2897,7 @@ CONNECTION = (
 TUNING = (
     Argument(
         "--streams",
-        type=checked(_positive),
+        type=checked(parse_count),
         metavar="N",
         help="parallel SFTP channels (default: 1 to 3 on a near server, 4 to 9 on a far one)",
     ),
@@ -2911,7 +2921,7 @@ S3 = (
     Argument("--region", help="the region (AWS_DEFAULT_REGION; default: as boto3 would)"),
     Argument("--profile", help="a profile of ~/.aws (AWS_PROFILE)"),
     Argument(
-        "--max-concurrency", type=checked(_positive), metavar="N",
+        "--max-concurrency", type=checked(parse_count), metavar="N",
         help="requests at once (AWS_S3_MAX_CONCURRENCY; default: by size and distance)",
     ),
     Argument(

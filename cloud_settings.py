@@ -23,7 +23,11 @@ from cloud_services import (
     AccessError,
     UsageError,
     dotenv_settings,
+    parse_count,
+    parse_seconds,
+    parse_size,
     port_number,
+    possible_path,
     printable,
 )
 
@@ -65,6 +69,16 @@ SSH_VARIABLES: Variables = {
     name: (f"PAPERSPACE_{name.upper()}",)
     for name in ("host", "path", "user", "port", "identity", "passphrase")
 }
+SSH_VALUES: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("host", "user", "host_key"), str),
+    "port": port_number,
+    "path": possible_path,
+    "identity": possible_path,
+    "streams": lambda count: parse_count(str(count)),
+    "limit_rate": lambda rate: parse_size(str(rate)),
+    "timeout": lambda seconds: parse_seconds(str(seconds)),
+}
+"""How a value is read; from Python it may be a number, too."""
 
 
 class SSHSettings(NamedTuple):
@@ -95,8 +109,8 @@ class SSHSettings(NamedTuple):
         if "@" in (host := str(values.get("host", ""))):
             user, values["host"] = host.rsplit("@", 1)
             values["user"] = given.get("user") or user
-        if "port" in values:
-            values["port"] = port_number(values["port"])
+        for name in values.keys() & SSH_VALUES.keys():
+            values[name] = SSH_VALUES[name](values[name])
         return cls(**values).checked()
 
     def __repr__(self) -> str:

@@ -8,11 +8,19 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ssh_transport
-from cloud_services import AccessError, ExitCode
+from cloud_services import (
+    MIB,
+    AccessError,
+    ExitCode,
+    PaperspaceDownloader,
+    PaperspaceUploader,
+    UsageError,
+)
 from cloud_settings import SSHSettings
 from tests.conftest import Run
 from tests.servers import SSHServer, free_port, make_key, public_key, ssh_agent
@@ -76,6 +84,53 @@ def test_settings_come_from_flag_then_environment_then_dotenv(
     wrong = cli("list-remote-files", "--path", "/nowhere/at/all", cwd=tmp_path, env=env)
     assert wrong.returncode == 4
     assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"limit_rate": 0}, "is no size"), ({"limit_rate": "fast"}, "is no size"),
+     ({"limit_rate": -1}, "is no size"), ({"limit_rate": True}, "is no size"),
+     ({"streams": 2.5}, "is no number from 1 to 64"), ({"streams": 0}, "is no number from 1 to 64"),
+     ({"streams": -1}, "is no number from 1 to 64"), ({"streams": "many"}, "is no number from 1"),
+     ({"timeout": "x"}, "is no number of seconds"), ({"timeout": 0}, "is no number of seconds"),
+     ({"port": 2.5}, "is no port number"), ({"path": 3}, "cannot be a path"),
+     ({"path": "a\0b"}, "cannot be a path"), ({"identity": b"key"}, "cannot be a path"),
+     ({"host": 3.5 + 1j}, "is no valid host name")],
+    ids=repr,
+)  # fmt: skip
+@pytest.mark.parametrize("service", [PaperspaceUploader, PaperspaceDownloader])
+def test_settings_from_python_that_make_no_sense_are_usage_errors(
+    service: type[PaperspaceUploader | PaperspaceDownloader], given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        service(**given)
+
+
+def test_settings_from_python_may_be_numbers_texts_or_paths(tmp_path: Path) -> None:
+    settings = PaperspaceUploader(
+        limit_rate="20M", streams="3", timeout=30, port=22, path=tmp_path, identity=tmp_path / "key"
+    ).settings
+    assert (settings.limit_rate, settings.streams, settings.timeout) == (20 * MIB, 3, 30.0)
+    assert (settings.path, settings.identity) == (str(tmp_path), str(tmp_path / "key"))
+    assert PaperspaceUploader(limit_rate=1_000_000).settings.limit_rate == 1_000_000
+
+
+def test_a_remote_place_may_be_a_path_object(tmp_path: Path) -> None:
+    box = tmp_path / "box"
+    box.mkdir()
+    (box / "r.tar.gz").write_bytes(b"result")
+    downloader = PaperspaceDownloader(path=box)
+    assert downloader.list_files(method="local") == downloader.list_files(box, "local")
+    assert downloader.find_results(box / "r.tar.gz", "local")
+    assert downloader.download_results(box / "r.tar.gz", tmp_path / "here", "local")
+    assert (tmp_path / "here/r.tar.gz").read_bytes() == b"result"
+
+
+def test_an_archive_whose_name_no_file_can_have_is_a_usage_error(workspace: Path) -> None:
+    uploader = PaperspaceUploader(path="box", workspace=workspace)
+    for call in (uploader.create_training_archive, uploader.upload_training_data):
+        with pytest.raises(UsageError, match="cannot be a path"):
+            call("a\0b")
 
 
 @pytest.mark.parametrize("encoding", ["cp1251", "utf-16"])
