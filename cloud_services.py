@@ -108,9 +108,12 @@ ISAL_THREADS = min(8, 1 + (os.cpu_count() or 2))  # one more than cores: one oft
 
 SECRET_NAMES = (
     ".env*", ".git", ".git-credentials", ".ssh", ".aws", ".azure", ".gnupg", ".kube", ".docker",
-    ".netrc", "_netrc", ".pgpass", ".pypirc", ".npmrc", ".boto", ".s3cfg", ".huggingface",
-    "*.pem", "*.key", "*.ppk", "*.p12", "*.pfx", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*",
-    "credentials*", "kaggle.json", "secrets.toml", "secrets.json", "secrets.y*ml",
+    ".netrc", "_netrc", ".pgpass", ".my.cnf", ".htpasswd", ".vault-token", ".pypirc", ".npmrc",
+    ".boto", ".s3cfg", ".huggingface", "*.env", "*.env.bak", "*.pem", "*.pem.bak", "*.pem.txt",
+    "*.key", "*.key.bak", "*.key.txt", "*.ppk", "*.p12", "*.pfx", "*.jks", "*.kdbx", "id_rsa*",
+    "id_dsa*", "id_ecdsa*", "id_ed25519*", "credentials*", "kaggle.json",
+    "*service[-_]account*.json", "secret.toml", "secret.json", "secret.y*ml", "secrets.toml",
+    "secrets.json", "secrets.y*ml",
 )  # fmt: skip
 """Names that never go into an archive, as a file or as a folder, at any depth, in any case."""
 
@@ -833,7 +836,7 @@ def secret_part(name: str) -> str:
 _SECRETS = re.compile("|".join(f"({fnmatch.translate(name)})" for name in SECRET_NAMES))
 # Of a hundred thousand names hardly one is near: they need not be compared with every pattern.
 _SECRET_STARTS = {name[0] for name in SECRET_NAMES} - {"*"}
-_SECRET_ENDS = tuple(name[1:] for name in SECRET_NAMES if name.startswith("*"))
+_SECRET_ENDS = tuple(name.rpartition("*")[2] for name in SECRET_NAMES if name.startswith("*"))
 
 
 def excluded_by(name: str, pattern: str) -> bool:

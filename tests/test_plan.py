@@ -49,7 +49,10 @@ RESULTS = [
 ]
 SECRETS = (
     ".env", ".env.local", ".git", ".ssh", ".aws", ".netrc", "server.pem", "tls.key", "id_rsa",
-    "id_rsa.pub", "id_ed25519", "credentials", "credentials.json", ".huggingface",
+    "id_rsa.pub", "id_ed25519", "credentials", "credentials.json", ".huggingface", "prod.env",
+    "token.env", "prod.env.bak", ".htpasswd", ".vault-token", ".my.cnf", "debug.jks", "all.kdbx",
+    "service-account.json", "my-service_account-1.json", "secret.yaml", "secret.yml",
+    "secret.json", "a.pem.bak", "server.key.txt",
 )  # fmt: skip
 
 
@@ -220,8 +223,11 @@ def test_a_secret_stays_out_at_any_depth_in_any_case_as_file_or_folder(
 
 
 @pytest.mark.parametrize(
-    "name", ["environment.csv", "keys.csv", "my.pem.csv", "git", "ssh.log", "a.env", "monkey"]
-)
+    "name",
+    ["environment.csv", "keys.csv", "my.pem.csv", "git", "ssh.log", "monkey", "environment.yaml",
+     "data.env_stats.csv", "sim.env.csv", "env", "myenv", "secretary.json", "service.json",
+     "accounts.json", "a.der", "key.txt"],
+)  # fmt: skip
 def test_a_name_that_only_resembles_a_secret_goes_in(workspace: Path, name: str) -> None:
     write_file(workspace / "raw_data/ticks" / name)
     assert f"workspace/raw_data/ticks/{name}" in names(plan_training(workspace, include_ticks=True))
