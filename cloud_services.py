@@ -411,7 +411,7 @@ class ConnectError(TransferError):
 def part_name(name: str, key: str = "") -> str:
     """The hidden name under which `name` arrives: at most 255 bytes, the same in every run."""
     digest = hashlib.sha256(os.fsencode(f"{name}\0{key}")).hexdigest()[:12]
-    stem = os.fsencode(name)[:200].decode("utf-8", "ignore")
+    stem = os.fsencode(name)[:200].decode(sys.getfilesystemencoding(), "ignore")
     return f".{stem}.{digest}.part"
 
 
@@ -419,6 +419,12 @@ def possible_path(path: str | os.PathLike[str]) -> str:
     """`path` as text; UsageError for what no path can be."""
     if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
         raise UsageError(f"{printable(path)!r} cannot be a path")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{printable(path)} has letters that this locale lacks", "export LC_ALL=C.UTF-8"
+        ) from error
     return os.fspath(path)
 
 
@@ -1919,8 +1925,8 @@ class PaperspaceDownloader(_Paperspace):
         from transfers import collect
 
         started = time.monotonic()
+        target = Path(possible_path(folder / remote.name))
         moved = session.run(lambda store: collect(store, remote, folder, self.progress, fetch))
-        target = folder / remote.name
         if extract:
             extract_archive(target, folder, self.progress)
         return TransferResult(

@@ -514,6 +514,48 @@ def test_two_runs_that_write_one_file_do_not_mix(tmp_path: Path) -> None:
     assert parts(tmp_path) == []
 
 
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_an_archive_may_have_a_name_that_the_locale_cannot_show(tmp_path: Path) -> None:
+    workspace(tmp_path)
+    words = ("create-training-archive", "-o", "ä тик.tar.gz")
+    done = cli(*words, cwd=tmp_path, env=environment(None) | ASCII)
+    assert done.returncode == 0, done.stderr
+    assert cli("verify-archive", "ä тик.tar.gz", cwd=tmp_path).returncode == 0
+    assert parts(tmp_path) == []
+
+
+def test_a_name_from_python_that_the_locale_cannot_write_is_a_usage_error(tmp_path: Path) -> None:
+    workspace(tmp_path)
+    code = "import cloud_services as c; c.PaperspaceUploader().create_training_archive('\\xe4')"
+    env = environment(None) | ASCII | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("cloud_services.UsageError: "), done.stderr
+    assert last.endswith("has letters that this locale lacks")
+
+
+@pytest.mark.parametrize("how", ["sftp", "no sftp", "no commands", "local"])
+def test_files_may_have_names_that_the_locale_cannot_show(tmp_path: Path, how: str) -> None:
+    names = ["r_a", "r_ü", "r_🙂"]
+    with SSHServer(
+        tmp_path / "server", sftp=how != "no sftp", commands=how != "no commands"
+    ) as server:
+        for name in names:
+            (server.storage / name).write_text(name)
+        done = cli(
+            "download-results", "--path", server.storage / "r_*", "--local-path", "here",
+            *(["--method", "local"] if how == "local" else flags(server)),
+            cwd=tmp_path, env=environment(server) | ASCII,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(tmp_path / "here")) == names
+
+
 def test_no_passphrase_reaches_a_child_or_a_file(tmp_path: Path) -> None:
     settings = SSHSettings.resolve(host="h", passphrase="hunter2")
     assert settings.passphrase == "hunter2"
