@@ -1830,7 +1830,7 @@ class PaperspaceUploader(_Paperspace):
         place = f"{self.settings.host}:{self.settings.port}:{folder}"
         if method == "local":
             place = os.path.realpath(folder)
-        source = archive.workspace if isinstance(archive, Plan) else Path(archive)
+        source = archive.workspace if isinstance(archive, Plan) else Path(possible_path(archive))
         return only_run(f"{place}\0{source.resolve()}", posixpath.join(folder, source.name))
 
 
