@@ -1219,7 +1219,7 @@ def verify_archive(path: str | Path, progress: Progress | None = None) -> Archiv
     Raises IntegrityError for a truncated, altered or hostile archive.
     """
     started = time.monotonic()
-    path = Path(path)
+    path = Path(possible_path(path))
     with local_errors(path), open(path, "rb") as stream:
         return inspect_archive(stream, path, progress or Progress()).check(path, started)
 
@@ -1234,7 +1234,7 @@ def extract_archive(
     altered or hostile archive, DiskFullError when it does not fit.
     """
     started = time.monotonic()
-    path, into = Path(path), Path(into)
+    path, into = Path(possible_path(path)), Path(possible_path(into))
     progress = progress or Progress()
     with local_errors(path), open(path, "rb") as stream:
         contents = inspect_archive(stream, path, progress)

@@ -20,6 +20,8 @@ from cloud_services import (
     PaperspaceDownloader,
     PaperspaceUploader,
     UsageError,
+    extract_archive,
+    verify_archive,
 )
 from cloud_settings import SSHSettings
 from tests.conftest import Run
@@ -128,7 +130,10 @@ def test_a_remote_place_may_be_a_path_object(tmp_path: Path) -> None:
 
 def test_an_archive_whose_name_no_file_can_have_is_a_usage_error(workspace: Path) -> None:
     uploader = PaperspaceUploader(path="box", workspace=workspace)
-    for call in (uploader.create_training_archive, uploader.upload_training_data):
+    for call in (
+        uploader.create_training_archive, uploader.upload_training_data, verify_archive,
+        extract_archive,
+    ):  # fmt: skip
         with pytest.raises(UsageError, match="cannot be a path"):
             call("a\0b")
 
