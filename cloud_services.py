@@ -1747,7 +1747,8 @@ class PaperspaceUploader(_Paperspace):
         if archive is None:
             archive = self.plan_training()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._only_upload(archive, method))
+            name, keep_old = self._target(archive, method)
+            stack.enter_context(self._only_upload(archive, posixpath.dirname(name), method))
             source = self._source(archive, method, stack)
             session = stack.enter_context(self._session(method, "send"))
             send, _ = movers(method)
@@ -1757,7 +1758,6 @@ class PaperspaceUploader(_Paperspace):
                     store.require_unpacking()
                 return deliver(store, source, name, self.progress, send, keep_old)
 
-            name, keep_old = self._target(archive, method)
             target, moved = session.run(upload)
             if extract:
                 with self._arrived(target, method):
@@ -1820,13 +1820,11 @@ class PaperspaceUploader(_Paperspace):
             raise
 
     def _only_upload(
-        self, archive: str | Path | Plan, method: str
+        self, archive: str | Path | Plan, folder: str, method: str
     ) -> contextlib.AbstractContextManager[None]:
         """Two uploads of one source into one folder would write the same unfinished file."""
         from transfers import only_run
 
-        target, _ = self._target(archive, method)
-        folder = posixpath.dirname(target)
         place = f"{self.settings.host}:{self.settings.port}:{folder}"
         if method == "local":
             place = os.path.realpath(folder)
