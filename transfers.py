@@ -39,6 +39,7 @@ from cloud_services import (
     Packed,
     Plan,
     Progress,
+    RefusedError,
     T,
     TransferError,
     UsageError,
@@ -1024,6 +1025,8 @@ def only_run(place: str, target: str) -> Iterator[None]:
         return
     with stream:
         lock_part(stream, target)
+        if not os.fstat(stream.fileno()).st_nlink:  # another run ended, and a third may begin
+            raise RefusedError(f"another run is writing {printable(target)}", SAME_COMMAND)
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -660,6 +661,29 @@ def test_a_second_upload_of_one_workspace_into_one_folder_is_refused_while_the_f
     first.communicate()
     done = document(cli("--json", *words, server=any_server, cwd=tmp_path))
     assert sha256(Path(done["target"])) == done["sha256"]
+
+
+def test_a_lock_that_its_last_owner_has_just_removed_holds_nobody_off_and_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    take = cloud_services.lock_part
+
+    def take_late(stream: IO[bytes], target: str | Path) -> None:
+        for lock in tmp_path.rglob("*.lock"):
+            lock.unlink()
+        take(stream, target)
+
+    monkeypatch.setattr(transfers, "lock_part", take_late)
+    with (
+        pytest.raises(cloud_services.RefusedError, match="another run"),
+        transfers.only_run("here", "t"),
+    ):
+        pytest.fail("it was taken")
+    monkeypatch.setattr(transfers, "lock_part", take)
+    with transfers.only_run("here", "t"):
+        assert list(tmp_path.rglob("*.lock"))
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_where_nothing_can_be_noted_an_upload_goes_on_with_a_warning(tmp_path: Path) -> None:
