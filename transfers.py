@@ -293,11 +293,12 @@ class LocalStore(Store):
         with local_errors(target):
             try:
                 os.link(part, target)
-                os.unlink(part)
             except OSError:  # there is one, or the file system knows no links
                 if os.path.lexists(target):
                     return False
                 os.rename(part, target)
+            else:
+                os.unlink(part)
         return True
 
     def unpack(self, archive: str) -> None:
